@@ -1,0 +1,195 @@
+"""Writes bundles; the runtime reads them (`edgekit_runtime.bundle` defines the archive)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import sandbox
+from edgekit.artifact import Artifact, TensorSpec
+from edgekit.cache import write_atomically
+from edgekit.errors import ModelError, UsageError
+from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, archive_entry
+from edgekit_runtime.manifest import (
+    SCHEMA,
+    FileEntry,
+    Golden,
+    Manifest,
+    Tolerance,
+    Variant,
+)
+from edgekit_runtime.session import load
+from edgekit_runtime.worker import synthetic_inputs
+
+__all__ = ["VariantSource", "write_bundle"]
+
+_GOLDEN_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class VariantSource:
+    """A built candidate on its way into a bundle."""
+
+    id: str
+    engine: str
+    artifact: Artifact
+    scheme: str
+    threads: int
+    precision: str
+    placement: Mapping[str, float]
+    expected: Mapping[str, Any]
+
+
+def write_bundle(
+    path: Path,
+    sources: tuple[VariantSource, ...],
+    *,
+    name: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    profile: str,
+    provenance: Mapping[str, Any],
+    work: Path,
+) -> Manifest:
+    """Make golden outputs with each variant, hash everything, write the archive atomically.
+
+    `work` is a folder for scratch files. Golden inputs are seeded noise in the ranges that
+    `inputs` state, never the user's data.
+
+    Raises:
+        ModelError: a variant gives NaN for the golden inputs.
+        UsageError: the bundle would be over 4 GiB.
+    """
+    contents: dict[str, bytes] = {}
+    variants = []
+    for source in sources:
+        base = f"variants/{source.id}"
+        files = tuple(f"{base}/{file.name}" for file in source.artifact.files)
+        for entry, file in zip(files, source.artifact.files, strict=True):
+            contents[entry] = file.read_bytes()
+        golden, arrays = _golden(source, inputs, work)
+        contents |= arrays
+        variants.append(
+            Variant(
+                source.id, source.engine, source.artifact.format, files, source.scheme,
+                source.threads, source.precision,
+                tuple(s.name for s in _ordered(inputs, source.artifact.inputs)),
+                tuple(s.name for s in _ordered(outputs, source.artifact.outputs)),
+                dict(source.placement), golden, dict(source.expected),
+            )
+        )  # fmt: skip
+    entries = tuple(
+        FileEntry(entry, hashlib.sha256(data).hexdigest(), len(data))
+        for entry, data in sorted(contents.items())
+    )
+    bundle_id = hashlib.sha256("".join(e.path + e.sha256 for e in entries).encode()).hexdigest()
+    manifest = Manifest(
+        SCHEMA, bundle_id[:32], int(time.time()), name,
+        datetime.now(UTC).isoformat(timespec="seconds"), (profile,),
+        inputs, outputs, tuple(variants), entries, provenance=dict(provenance),
+    )  # fmt: skip
+    write_atomically(path, _archive(manifest, contents))
+    return manifest
+
+
+def _archive(manifest: Manifest, contents: Mapping[str, bytes]) -> bytes:
+    text = manifest.to_json().encode()
+    total = len(text) + sum(map(len, contents.values()))
+    if total > MAX_BUNDLE_BYTES:
+        raise UsageError(f"the bundle would have {total / 1e9:.1f} GB, at most 4.2 are possible")
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as archive:
+        archive.writestr(archive_entry(MANIFEST, len(text)), text)
+        for entry in manifest.files:
+            archive.writestr(archive_entry(entry.path, entry.size_bytes), contents[entry.path])
+    return out.getvalue()
+
+
+def _ordered(
+    ours: tuple[TensorSpec, ...], engines: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    """The engine's specs in our order. A single one may have been renamed by a converter.
+
+    Raises:
+        ModelError: several were renamed, so that their order is anybody's guess.
+    """
+    by_name = {spec.name: spec for spec in engines}
+    if set(by_name) == {spec.name for spec in ours}:
+        return tuple(by_name[spec.name] for spec in ours)
+    if len(ours) == len(engines) == 1:
+        return engines
+    found, wanted = ", ".join(by_name), ", ".join(spec.name for spec in ours)
+    raise ModelError(f"conversion renamed inputs or outputs: {wanted} became {found}")
+
+
+def _golden(
+    source: VariantSource, inputs: tuple[TensorSpec, ...], work: Path
+) -> tuple[Golden, dict[str, bytes]]:
+    ranges = {spec.name: spec.range for spec in inputs}
+    folder = work / f"golden-{source.id}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sandbox.call(
+        "edgekit.bundle:make_golden",
+        {
+            "model": str(source.artifact.path),
+            "options": {
+                "engine": source.engine,
+                "threads": source.threads,
+                "precision": source.precision,
+            },
+            "ranges": {k: list(v) if v else None for k, v in ranges.items()},
+            "folder": str(folder),
+        },
+        what=f"golden outputs of {source.id}",
+    )
+    arrays = {
+        f"golden/{source.id}/{name}": (folder / name).read_bytes()
+        for name in ("inputs.npz", "outputs.npz")
+    }
+    with np.load(folder / "outputs.npz", allow_pickle=False) as outputs:
+        tolerance = {
+            name: _tolerance(outputs[name], quantized=source.scheme != "fp32") for name in outputs
+        }
+    golden = Golden(*arrays, samples=_GOLDEN_SAMPLES, tolerance=tolerance)
+    return golden, arrays
+
+
+def _tolerance(output: np.ndarray[Any, Any], *, quantized: bool) -> Tolerance:
+    """What another CPU may differ by: sums in another order for float32, which shifts values by
+    whole steps of their grid (1/255 of the range) where something is quantized."""
+    top = float(np.max(np.abs(output.astype(np.float64)), initial=0.0))
+    share = 0.05 if quantized else 1e-3
+    return Tolerance(atol=max(share * top, 1e-6), rtol=share)
+
+
+def make_golden(
+    model: str, options: dict[str, Any], ranges: dict[str, list[float] | None], folder: str
+) -> None:
+    """Runs in the child: seeded inputs, the variant's outputs for them, both as `.npz`."""
+    import dataclasses
+
+    rows: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    with load(model, **options) as session:
+        session.inputs = tuple(
+            dataclasses.replace(s, range=(r[0], r[1]) if (r := ranges.get(s.name)) else None)
+            for s in session.inputs
+        )
+        for seed in range(_GOLDEN_SAMPLES):
+            rows.append(synthetic_inputs(session, seed=seed))
+            answers.append(session.run(rows[-1]))
+    for name, row in (("inputs", rows), ("outputs", answers)):
+        stacked = {key: np.stack([one[key] for one in row]) for key in row[0]}
+        bad = [k for k, v in stacked.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
+        if bad:
+            raise ModelError(f"{name} {bad[0]!r} hold NaN or Inf for plain random inputs")
+        np.savez(Path(folder) / f"{name}.npz", allow_pickle=False, **stacked)

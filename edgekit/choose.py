@@ -1,0 +1,96 @@
+"""The decision: which candidates may be chosen, which one is, and why, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekit.measure.benchmark import Measurement
+from edgekit.measure.statistics import median_interval, ratio_interval
+
+__all__ = ["Choice", "Entrant", "over_budget", "rank"]
+
+Aim = Literal["latency", "size"]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A candidate that built, was evaluated within the accuracy budget and was measured."""
+
+    id: str
+    size_bytes: int
+    measurement: Measurement
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`order` are the ids that may be chosen, best first; `dropped` says why others may not."""
+
+    order: tuple[str, ...]
+    dropped: Mapping[str, str]
+    why: str
+
+
+def over_budget(drop: float, max_drop: float, broken: int, samples: int) -> str | None:
+    """Why a candidate's accuracy rules it out, or None."""
+    if broken:
+        return f"NaN or Inf in the outputs of {broken} of {samples} samples"
+    if not drop <= max_drop:
+        return f"loses {drop:.4f}, more than the {max_drop:g} allowed"
+    return None
+
+
+def rank(entrants: Sequence[Entrant], reference: Entrant, aim: Aim) -> Choice:
+    """Never worse: what is neither faster nor smaller than the reference is dropped.
+
+    "Faster" needs the whole 95 % interval of the ratio below 1. Among contenders that the
+    intervals cannot tell from the fastest, the smallest is taken.
+    """
+    dropped, kept = {}, []
+    for one in entrants:
+        if one.id == reference.id:
+            continue
+        ratio, _, high = _ratio(one, reference)
+        if not high < 1.0 and not one.size_bytes < reference.size_bytes:
+            dropped[one.id] = (
+                f"neither faster ({ratio:.2f}x) nor smaller "
+                f"({_kb(one.size_bytes)} against {_kb(reference.size_bytes)}) than fp32"
+            )
+        else:
+            kept.append(one)
+    field = [reference, *kept]
+    if aim == "size":
+        order = sorted(field, key=lambda e: (e.size_bytes, _middle(e)))
+        why = f"the smallest within the accuracy budget ({_kb(order[0].size_bytes)})"
+        return Choice(tuple(e.id for e in order), dropped, why)
+    order = sorted(field, key=_middle)
+    fastest = order[0]
+    level = [e for e in order if e is fastest or _ratio(e, fastest)[1] <= 1.0]
+    winner = min(level, key=lambda e: (e.size_bytes, _middle(e)))
+    order.sort(key=lambda e: (e is not winner, e not in level, _middle(e)))
+    return Choice(tuple(e.id for e in order), dropped, _why(winner, fastest, reference, level))
+
+
+def _why(winner: Entrant, fastest: Entrant, reference: Entrant, level: list[Entrant]) -> str:
+    if winner is reference:
+        return "nothing within the accuracy budget is faster than the model as it came"
+    ratio, low, high = _ratio(winner, reference)
+    text = f"{ratio:.2f}x the latency of fp32 (95 % interval {low:.2f} to {high:.2f})"
+    if winner is not fastest:
+        return f"{text}; not told apart from {fastest.id}, and smaller"
+    if len(level) > 1:
+        return f"{text}; fastest, and the smallest of {len(level)} not told apart"
+    return f"{text}; fastest within the accuracy budget"
+
+
+def _middle(entrant: Entrant) -> float:
+    return median_interval(entrant.measurement.medians_ns)[0]
+
+
+def _ratio(one: Entrant, other: Entrant) -> tuple[float, float, float]:
+    return ratio_interval(one.measurement.medians_ns, other.measurement.medians_ns)
+
+
+def _kb(size_bytes: int) -> str:
+    return f"{size_bytes / 1000:.0f} kB"

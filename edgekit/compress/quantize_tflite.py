@@ -1,0 +1,70 @@
+"""TFLite by litert-quantizer: works on any float model, recipes per operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgekit.compress.calibration import calibration_samples
+from edgekit.compress.scheme import Scheme
+from edgekit.errors import ModelError, one_line, require
+
+__all__ = ["quantize_tflite"]
+
+_COMPUTE = ("CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED", "BATCH_MATMUL", "DEPTHWISE_CONV_2D")
+
+
+def quantize_tflite(
+    source: list[str], target: str, scheme: dict[str, Any], data: dict[str, str], indices: str
+) -> None:
+    """Write the quantized model; inputs and outputs stay float. Runs in a child process.
+
+    Raises:
+        ModelError: the quantizer refuses the model.
+    """
+    require("ai_edge_litert", extra="tflite-convert")
+    quantizer = require("litert_quantizer.quantizer", extra="tflite-convert")
+    wanted = Scheme(**scheme)
+    try:
+        tool = quantizer.Quantizer(source[0])
+        _add_recipe(tool, wanted)
+        results = None
+        if tool.need_calibration:
+            samples = calibration_samples(source[0], data, indices)
+            results = tool.calibrate({_signature(source[0]): list(samples)}, num_threads=1)
+        quantized = tool.quantize(results)
+    except Exception as error:
+        raise ModelError(f"litert-quantizer cannot quantize the model: {one_line(error)}") from error
+    quantized.export_model(target)
+
+
+def _add_recipe(tool: Any, scheme: Scheme) -> None:
+    from litert_quantizer import qtyping
+
+    names = qtyping.TFLOperationName
+    operators = (
+        [names.ALL_SUPPORTED] if scheme.operators == "all" else [names[n] for n in _COMPUTE]
+    )
+    granularity = (
+        qtyping.QuantGranularity.CHANNELWISE
+        if scheme.per_channel
+        else qtyping.QuantGranularity.TENSORWISE
+    )
+    for operator in operators:
+        if scheme.kind == "int8-dynamic":
+            tool.add_dynamic_config(
+                regex=".*", operation_name=operator, num_bits=8, granularity=granularity
+            )
+        else:
+            tool.add_static_config(
+                regex=".*", operation_name=operator, activation_num_bits=8, weight_num_bits=8,
+                weight_granularity=granularity,
+            )  # fmt: skip
+
+
+def _signature(model: str) -> str:
+    from ai_edge_litert.interpreter import Interpreter
+
+    listed = list(Interpreter(model_path=model).get_signature_list())
+    if len(listed) != 1:
+        raise ModelError(f"the model has {len(listed)} signatures, one is needed to calibrate")
+    return str(listed[0])

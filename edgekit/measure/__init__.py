@@ -1,0 +1,1 @@
+"""Latency by measuring: workers, rounds, statistics, conditions, reports."""

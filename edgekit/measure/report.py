@@ -1,0 +1,1 @@
+def report_html(d): return "<html></html>"

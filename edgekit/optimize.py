@@ -1,0 +1,644 @@
+"""The main job: candidates -> build -> evaluate -> measure -> choose -> bundle and report.
+
+Builds and evaluations are cached by content, so a killed run resumes and a second one only
+measures. Ctrl-C or a spent budget ends the work early; what is known by then still gives a bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import sandbox
+from edgekit.artifact import Artifact, TensorSpec, open_model
+from edgekit.bundle import VariantSource, write_bundle
+from edgekit.cache import Cache, content_key, write_atomically
+from edgekit.choose import Aim, Choice, Entrant, over_budget, rank
+from edgekit.compress.quantize import quantize
+from edgekit.convert import convert, tool_versions
+from edgekit.data import Dataset, Split, open_dataset, split_samples
+from edgekit.device import DeviceProfile, load_profile, probe_engine
+from edgekit.errors import (
+    EdgeKitError,
+    InterruptedRunError,
+    ModelError,
+    OutOfSpaceError,
+    UsageError,
+)
+from edgekit.evaluate import METRICS, metric_named
+from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
+from edgekit.measure.conditions import conditions
+from edgekit.measure.report import report_html
+from edgekit.measure.statistics import ratio_interval
+from edgekit.plan import Candidate, make_plan
+from edgekit_runtime import __version__
+
+__all__ = ["SCHEMA", "Observer", "Request", "optimize"]
+
+SCHEMA = "edgekit.optimize/1"
+#: shares of `--budget` by which building, then measuring must be over
+_BUILD_SHARE, _MEASURE_SHARE = 0.6, 0.85
+_MEASURE_SAMPLES = 32
+_LEAST_FREE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock."""
+
+    model: Path
+    profile: str
+    data: str
+    out: Path
+    calibration: str | None = None
+    metric: str | None = None
+    max_drop: float = 0.01
+    minimize: Aim = "latency"
+    target: str = "local"
+    budget_s: float | None = None
+    threads: int | None = None
+    seed: int = 0
+    command: str = ""
+
+
+class Observer:
+    """Told what happens; the command line draws it. Does nothing by itself."""
+
+    def phase(self, name: str) -> None:
+        """A new phase begins."""
+
+    def plan(self, candidates: Sequence[Candidate], profile: DeviceProfile) -> None:
+        """The plan is made; nothing has been built."""
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """`task` has come to `done` of `total`."""
+
+    def row(self, candidate: str, text: str) -> None:
+        """Something became known of a candidate."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass
+class _Row:
+    """What is known of one candidate so far."""
+
+    candidate: Candidate
+    status: str = "planned"
+    reason: str = ""
+    artifact: Artifact | None = None
+    build_s: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+    measurement: Measurement | None = None
+
+    def end(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+
+def optimize(
+    request: Request, observer: Observer | None = None, cache: Cache | None = None
+) -> dict[str, Any]:
+    """Run the whole job; returns the result document (`edgekit.optimize/1`).
+
+    Writes `model.edgekit`, `report.html` and `result.json` (with raw samples) into `request.out`.
+
+    Raises:
+        UsageError: something in the request cannot be used; nothing was written.
+        EdgeKitError: the reference model itself cannot be loaded or evaluated.
+        InterruptedRunError: stopped before the reference was evaluated.
+    """
+    with _until_interrupt() as cancel:
+        return _Run(request, observer or Observer(), cache or Cache(), cancel).go()
+
+
+class _Run:
+    def __init__(
+        self, request: Request, observer: Observer, cache: Cache, cancel: threading.Event
+    ) -> None:
+        self.request, self.observer, self.cache, self.cancel = request, observer, cache, cancel
+        self.started = time.monotonic()
+        self.notes: list[str] = []
+        self.incomplete: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def go(self) -> dict[str, Any]:
+        self._prepare()
+        rows = [_Row(c) for c in self.plan]
+        for row in rows:
+            if row.candidate.skip:
+                row.end("skipped", row.candidate.skip)
+        with tempfile.TemporaryDirectory(prefix="edgekit-") as scratch:
+            self.work = Path(scratch)
+            with self._phase("build and evaluate"):
+                self._build_all(rows)
+            with self._phase("measure"):
+                self._measure_all(rows)
+            with self._phase("choose and confirm"):
+                choice, chosen, confirmation = self._choose(rows)
+            with self._phase("bundle and report"):
+                return self._finish(rows, choice, chosen, confirmation)
+
+    # --- before anything is built ---------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        request = self.request
+        if request.target != "local":
+            raise UsageError(f"the target {request.target!r} is not known; this version has: local")
+        if not request.max_drop >= 0:
+            raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
+        self.profile = load_profile(request.profile)
+        self.threads = request.threads or self.profile.threads
+        _check_writable(request.out)
+        with self._phase("read the model and the data"):
+            self.source = open_model(request.model)
+            self.data = open_dataset(request.data, self.source.inputs, self.cache)
+            calibration = (
+                open_dataset(request.calibration, self.source.inputs, self.cache)
+                if request.calibration
+                else None
+            )
+            self.split = split_samples(self.data, calibration, seed=request.seed)
+        if self.split.note:
+            self._note(self.split.note)
+        self.metric = request.metric or ("top1" if self.data.labels is not None else "cosine")
+        metric_named(self.metric)
+        if len(self.split.selection) < 100:
+            self._note(
+                f"only {len(self.split.selection)} samples to select on: differences of one point "
+                "cannot be told from chance"
+            )
+        with self._phase("probe the engines"), ThreadPoolExecutor() as pool:
+            engines = list(dict.fromkeys([*self.profile.engines, _native(self.source.format)]))
+            faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
+        self.plan = make_plan(
+            self.source.format, self.profile, threads=self.threads, engine_faults=faults
+        )
+        if self.plan[0].skip:
+            raise EdgeKitError(f"the reference cannot be run: {self.plan[0].skip}")
+        self.conditions = conditions()
+        if self.conditions["arch"] != self.profile.arch:
+            self._note(
+                f"measured on this machine ({self.conditions['arch']}), not on a "
+                f"{self.profile.name} ({self.profile.arch}): the choice holds there only if the "
+                "ranking carries over"
+            )
+        self.observer.plan(self.plan, self.profile)
+
+    # --- build and evaluate ---------------------------------------------------------------------
+
+    def _build_all(self, rows: list[_Row]) -> None:
+        reference = rows[0]
+        self._build(reference, None)
+        if self.cancel.is_set():
+            raise InterruptedRunError("stopped before the reference was evaluated: no result")
+        if reference.status == "failed":
+            raise ModelError(f"the reference cannot be evaluated: {reference.reason}")
+        deadline = self._deadline(_BUILD_SHARE)
+        todo = [row for row in rows[1:] if row.status == "planned"]
+        # Builds and evaluations are not timed, so they may share the machine.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            for future in [pool.submit(self._build, row, deadline) for row in todo]:
+                future.result()
+        if self.cancel.is_set():
+            self.incomplete.append("stopped by the user")
+        elif any(row.status == "skipped" and row.reason == _SPENT for row in rows):
+            self.incomplete.append("the budget was spent before everything was tried")
+
+    def _build(self, row: _Row, deadline: float | None) -> None:
+        """Build and evaluate one candidate; its failure is its row, a full disk is ours."""
+        candidate = row.candidate
+        timeout_s = 900.0 if deadline is None else deadline - time.monotonic()
+        if timeout_s <= 0 or self.cancel.is_set():
+            return row.end("skipped", _STOPPED if self.cancel.is_set() else _SPENT)
+        limits = sandbox.Limits(timeout_s=min(900.0, timeout_s), cancel=self.cancel)
+        start = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            self.observer.progress(candidate.id, done, total)
+
+        try:
+            row.artifact = self._artifact(candidate, limits, progress)
+            row.build_s = time.monotonic() - start
+            row.result = self._evaluate(row, self.split.selection, limits, progress)
+        except OutOfSpaceError:
+            raise
+        except EdgeKitError as error:
+            _check_space(self.cache.root)
+            if self.cancel.is_set():
+                row.end("skipped", _STOPPED)
+            elif deadline is not None and time.monotonic() > deadline:
+                row.end("skipped", _SPENT)
+            else:
+                row.end("failed", str(error))
+            self.observer.row(candidate.id, f"{row.status}: {row.reason}")
+            return None
+        figure = row.result["metric"]
+        reason = over_budget(
+            row.result.get("drop", 0.0), self.request.max_drop, row.result["broken"],
+            row.result["samples"],
+        )  # fmt: skip
+        if reason:
+            row.end("dropped", reason)
+        self.observer.row(
+            candidate.id, f"{self.metric} {figure:.4f}" + (f", dropped: {reason}" if reason else "")
+        )
+        return None
+
+    def _artifact(
+        self, candidate: Candidate, limits: sandbox.Limits, progress: Callable[[int, int], None]
+    ) -> Artifact:
+        artifact = convert(
+            self.source, candidate.format, cache=self.cache, limits=limits, progress=progress
+        )
+        if candidate.scheme.kind == "fp32":
+            return artifact
+        return quantize(
+            artifact, candidate.scheme, self.split.calibration_data, self.split.calibration,
+            cache=self.cache, limits=limits, progress=progress,
+        )  # fmt: skip
+
+    def _evaluate(
+        self,
+        row: _Row,
+        samples: NDArray[np.int64],
+        limits: sandbox.Limits,
+        progress: Callable[[int, int], None],
+    ) -> dict[str, Any]:
+        """The metric on these samples, paired with the reference's; by content."""
+        assert row.artifact is not None  # noqa: S101  (built before)
+        is_reference = row.candidate is self.plan[0]
+        base = None if is_reference else self._evaluation_key(self.source, self.plan[0], samples)
+        key = self._evaluation_key(row.artifact, row.candidate, samples)
+
+        def make(folder: Path) -> None:
+            np.save(folder / "samples.npy", samples)
+            result = sandbox.call(
+                "edgekit.evaluate:evaluate",
+                {
+                    "model": str(row.artifact.path if row.artifact else ""),
+                    "options": {"engine": row.candidate.engine},
+                    "data": {
+                        "folder": str(self.data.folder),
+                        "sha256": self.data.sha256,
+                        "source": self.data.source,
+                    },
+                    "indices": str(folder / "samples.npy"),
+                    "metric": self.metric,
+                    "folder": str(folder),
+                    "reference": str(self.cache.get(base)) if base else None,
+                },
+                limits=limits,
+                progress=progress,
+                what=f"evaluating {row.candidate.id}",
+            )
+            (folder / "result.json").write_text(json.dumps(result))
+
+        folder = self.cache.folder(key, make)
+        loaded: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return loaded
+
+    def _evaluation_key(
+        self, artifact: Artifact, candidate: Candidate, samples: NDArray[np.int64]
+    ) -> str:
+        engine = {"litert": "ai-edge-litert"}.get(candidate.engine, candidate.engine)
+        metric: Any = self.metric
+        if metric not in METRICS:  # the user's function: what it says, not what it is called
+            metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
+        return content_key(
+            kind="evaluate", recipe=2, model=artifact.sha256, data=self.data.sha256,
+            samples=samples.tolist(), metric=metric, engine=tool_versions((engine,)),
+            # int8 results depend on the CPU's instructions, and the drop on the reference
+            isa=self.conditions["isa"], reference=self.source.sha256,
+        )  # fmt: skip
+
+    # --- measure --------------------------------------------------------------------------------
+
+    def _measure_all(self, rows: list[_Row]) -> None:
+        inputs = self._measuring_inputs()
+        contenders = [
+            Contender(
+                row.candidate.id, row.artifact.path, self.threads, row.candidate.engine,
+                serious=row.status == "planned",
+            )
+            for row in rows
+            if row.artifact is not None and row.result
+        ]  # fmt: skip
+        hurried = self.cancel.is_set()
+        if hurried:  # the user waits: only what may be chosen, and briefly
+            contenders = [one for one in contenders if one.serious]
+            self.cancel.clear()
+        taken = measure(
+            contenders,
+            rows[0].candidate.id,
+            inputs=inputs,
+            rounds=Rounds(most=6, block_s=0.04) if hurried else Rounds(),
+            deadline=self._deadline(_MEASURE_SHARE),
+            cancel=self.cancel,
+            progress=lambda done, total: self.observer.progress("measuring", done, total),
+            seed=self.request.seed,
+        )
+        if self.cancel.is_set():
+            self.incomplete.append("measuring was stopped by the user")
+        for row in rows:
+            row.measurement = taken.get(row.candidate.id)
+            if row.measurement is not None and row.measurement.failure:
+                row.end("failed", f"measuring: {row.measurement.failure}")
+        if rows[0].status == "failed":
+            raise EdgeKitError(f"the reference cannot be measured: {rows[0].reason}")
+
+    def _measuring_inputs(self) -> Path:
+        """Real samples to measure with: speed may depend on what is in them."""
+        picked = self.split.selection[:: max(1, len(self.split.selection) // _MEASURE_SAMPLES)]
+        samples = [self.data.sample(int(i), self.source.inputs) for i in picked[:_MEASURE_SAMPLES]]
+        path = self.work / "inputs.npz"
+        stacked = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
+        np.savez(path, allow_pickle=False, **stacked)
+        return path
+
+    # --- choose and confirm ---------------------------------------------------------------------
+
+    def _choose(self, rows: list[_Row]) -> tuple[Choice, _Row, dict[str, Any] | None]:
+        by_id = {row.candidate.id: row for row in rows}
+        entrants = [
+            Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
+            for row in rows
+            if row.status == "planned" and row.artifact and row.measurement
+        ]
+        choice = rank(entrants, entrants[0], self.request.minimize)
+        for key, reason in choice.dropped.items():
+            by_id[key].end("dropped", reason)
+        chosen, confirmation = rows[0], None
+        for tries, key in enumerate(choice.order, start=1):
+            chosen = by_id[key]
+            if self.incomplete and "user" in self.incomplete[0]:
+                break  # not confirmed, and said so
+            confirmation = self._confirm(chosen, tries)
+            if confirmation is None or confirmation["reason"] is None:
+                break
+            chosen.end("dropped", f"on the untouched samples: {confirmation['reason']}")
+            self._note(f"{key} was within the budget on the selection samples but not when "
+                       "confirmed; the next best was taken")  # fmt: skip
+        for row in rows:
+            if row is chosen:
+                row.end("chosen", choice.why if row.candidate.id == choice.order[0] else "")
+            elif row.status == "planned":
+                row.end("kept", self._why_kept(row, chosen))
+        return choice, chosen, confirmation
+
+    def _confirm(self, row: _Row, tries: int) -> dict[str, Any] | None:
+        """The candidate and the reference once on samples nothing was decided on."""
+        end = self._deadline(1.0)
+        timeout_s = 900.0 if end is None else max(5.0, end - time.monotonic())
+        limits = sandbox.Limits(timeout_s=timeout_s, cancel=self.cancel)
+        reference = _Row(self.plan[0], artifact=self.source)
+        samples = self.split.confirmation
+        try:
+            before = self._evaluate(
+                reference, samples, limits,
+                lambda done, total: self.observer.progress("confirming the reference", done, total),
+            )  # fmt: skip
+            after = before
+            if row.candidate is not self.plan[0]:
+                after = self._evaluate(
+                    row, samples, limits,
+                    lambda done, total: self.observer.progress("confirming", done, total),
+                )  # fmt: skip
+        except EdgeKitError as error:
+            if not self.cancel.is_set() and (end is None or time.monotonic() < end):
+                raise
+            self.incomplete.append("the choice was not confirmed")
+            self._note(f"not confirmed: {error}")
+            return None
+        drop = after.get("drop", 0.0)
+        reason = over_budget(drop, self.request.max_drop, after["broken"], after["samples"])
+        return {
+            "metric": after["metric"],
+            "reference_metric": before["metric"],
+            "drop": drop,
+            "drop_interval": after.get("drop_interval"),
+            "samples": after["samples"],
+            "tries": tries,
+            "reason": reason,
+        }
+
+    def _why_kept(self, row: _Row, chosen: _Row) -> str:
+        if row.measurement is None or chosen.measurement is None or row.artifact is None:
+            return ""
+        ratio = ratio_interval(row.measurement.medians_ns, chosen.measurement.medians_ns)[0]
+        return f"good, but {ratio:.2f}x the latency of the chosen one"
+
+    # --- bundle and report ----------------------------------------------------------------------
+
+    def _finish(
+        self, rows: list[_Row], choice: Choice, chosen: _Row, confirmation: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        request = self.request
+        assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
+        assert chosen.measurement is not None  # noqa: S101
+        bundle, report = request.out / "model.edgekit", request.out / "report.html"
+        placement = chosen.measurement.placement
+        document = self._document(rows, chosen, confirmation)
+        write_bundle(
+            bundle,
+            (
+                VariantSource(
+                    chosen.candidate.id, chosen.candidate.engine, chosen.artifact,
+                    str(chosen.candidate.scheme), self.threads, placement["precision"],
+                    placement["shares"],
+                    {
+                        "latency_ns": chosen.measurement.latency(),
+                        "metric": {self.metric: chosen.result["metric"]},
+                        "peak_rss_bytes": chosen.measurement.peak_rss_bytes,
+                        "conditions": self.conditions,
+                    },
+                ),
+            ),
+            name=request.model.stem,
+            inputs=self._with_ranges(),
+            outputs=self.source.outputs,
+            profile=self.profile.id,
+            provenance={
+                "edgekit": __version__,
+                "command": request.command,
+                "model_sha256": self.source.sha256,
+                "data_sha256": self.data.sha256,
+                "steps": list(chosen.artifact.provenance),
+                "incomplete": self.incomplete,
+            },
+            work=self.work,
+        )  # fmt: skip
+        document["seconds"] = {**self.seconds, "total": time.monotonic() - self.started}
+        samples = {
+            row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement
+        }
+        write_atomically(report, report_html(document).encode())
+        write_atomically(
+            request.out / "result.json",
+            json.dumps({**document, "rounds_ns": samples}, indent=1).encode(),
+        )
+        with suppress(OSError):
+            self.cache.trim()
+        return document
+
+    def _with_ranges(self) -> tuple[TensorSpec, ...]:
+        ranges = self.data.ranges
+        return tuple(replace(s, range=ranges.get(s.name)) for s in self.source.inputs)
+
+    def _document(
+        self, rows: list[_Row], chosen: _Row, confirmation: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        request, split = self.request, self.split
+        described = [self._describe(row, rows[0]) for row in rows]
+        return {
+            "schema": SCHEMA,
+            "model": {
+                "path": str(request.model),
+                "sha256": self.source.sha256,
+                "format": self.source.format,
+                "size_bytes": self.source.size_bytes,
+                "inputs": [str(spec) for spec in self.source.inputs],
+                "outputs": [str(spec) for spec in self.source.outputs],
+            },
+            "profile": {"id": self.profile.id, "name": self.profile.name},
+            "target": request.target,
+            "metric": self.metric,
+            "higher_is_better": metric_named(self.metric).higher_is_better,
+            "max_drop": request.max_drop,
+            "minimize": request.minimize,
+            "threads": self.threads,
+            "data": {
+                "source": request.data,
+                "sha256": self.data.sha256,
+                "samples": self.data.count,
+                "calibration": len(split.calibration),
+                "calibration_source": split.calibration_data.source,
+                "selection": len(split.selection),
+                "confirmation": len(split.confirmation),
+            },
+            "reference": described[0],
+            "candidates": described,
+            "chosen": chosen.candidate.id,
+            "why": chosen.reason,
+            "confirmation": confirmation,
+            "bundle": str(request.out / "model.edgekit"),
+            "report": str(request.out / "report.html"),
+            "incomplete": bool(self.incomplete),
+            "notes": [*self.notes, *self.incomplete],
+            "command": request.command,
+            "edgekit": __version__,
+            "conditions": self.conditions,
+        }
+
+    def _describe(self, row: _Row, reference: _Row) -> dict[str, Any]:
+        candidate, measured = row.candidate, row.measurement
+        ratio = None
+        if measured and measured.rounds_ns and reference.measurement:
+            ratio = list(ratio_interval(measured.medians_ns, reference.measurement.medians_ns))
+        return {
+            "id": candidate.id,
+            "engine": candidate.engine,
+            "engine_version": measured.engine_version if measured else None,
+            "format": candidate.format,
+            "scheme": str(candidate.scheme),
+            "threads": candidate.threads,
+            "status": row.status,
+            "reason": row.reason,
+            "metric": row.result.get("metric"),
+            "metric_drop": row.result.get("drop", 0.0 if row.result else None),
+            "metric_drop_interval": row.result.get("drop_interval"),
+            "samples": row.result.get("samples"),
+            "cosine": row.result.get("cosine"),
+            "latency_ns": measured.latency() if measured else None,
+            "latency_ratio": ratio if ratio is None or np.isfinite(ratio).all() else [ratio[0]] * 3,
+            "first_run_ns": measured.first_run_ns if measured else None,
+            "peak_rss_bytes": measured.peak_rss_bytes if measured else None,
+            "placement": measured.placement if measured else None,
+            "size_bytes": row.artifact.size_bytes if row.artifact else None,
+            "build_s": round(row.build_s, 3),
+        }
+
+    # --- small things ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.observer.phase(name)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - start, 3)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.observer.note(text)
+
+    def _deadline(self, share: float) -> float | None:
+        budget = self.request.budget_s
+        return None if budget is None else self.started + share * budget
+
+
+_SPENT = "the budget was spent before it was done"
+_STOPPED = "stopped by the user before it was done"
+
+
+def _native(fmt: str) -> str:
+    from edgekit_runtime.engines import ENGINE_OF_FORMAT
+
+    return ENGINE_OF_FORMAT[fmt]
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    _check_space(folder)
+
+
+def _check_space(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_FREE_BYTES:
+        raise OutOfSpaceError(
+            f"the disk of {folder} is full ({free / 1e6:.0f} MB free); free some space, or point "
+            "-o and EDGEKIT_CACHE at another disk"
+        )
+
+
+@contextmanager
+def _until_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that the best so far is returned; the second stops."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        print("stopping: choosing from what is known (again to stop at once)", file=sys.stderr)
+        event.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

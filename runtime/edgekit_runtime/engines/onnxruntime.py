@@ -1,0 +1,151 @@
+"""ONNX Runtime: inputs and outputs bound once to numpy memory."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import numpy as np
+
+from ..errors import ModelError
+from ..manifest import Dim, TensorSpec
+from ..placement import Placement
+from . import Binding, Loaded, Options, Shapes, numpy_dtype
+
+__all__ = ["load"]
+
+_DTYPES = {
+    "float": "float32", "double": "float64", "float16": "float16", "bool": "bool",
+    "string": "string", "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64",
+    "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64",
+}  # fmt: skip
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # ORT 1.23 and later
+
+
+def load(files: Mapping[str, bytes], options: Options) -> Loaded:
+    """Load ONNX bytes on the CPU provider."""
+    import onnxruntime as ort
+
+    if len(files) != 1:
+        raise ModelError(f"an ONNX variant is one file, found {len(files)}: {', '.join(files)}")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3  # its warnings about unused initializers are not the user's
+    settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+    (model,) = files.values()
+    return _Loaded(ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]))
+
+
+class _Loaded(Loaded):
+    def __init__(self, session: Any) -> None:
+        import onnxruntime as ort
+
+        self._session = session
+        self.version = ort.__version__
+        self.inputs = tuple(_spec(node) for node in session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in session.get_outputs())
+
+    def bind(self, shapes: Shapes) -> Binding:
+        return _Binding(self._session, self.inputs, self.outputs, shapes)
+
+    def placement(self) -> Placement:
+        counts = _assigned(self._session)
+        total = sum(counts.values())
+        shares = {"CPU": 1.0} if not total else {}
+        for provider, count in counts.items():
+            device = "CPU" if provider == "CPUExecutionProvider" else "NPU"
+            shares[device] = shares.get(device, 0.0) + count / total
+        delegates = list(counts) or list(self._session.get_providers())
+        return Placement(shares, "+".join(delegates), "float32", dict(counts))
+
+
+def _assigned(session: Any) -> Dict[str, int]:
+    """Nodes per execution provider as the session recorded them; empty on older versions."""
+    reader = getattr(session, "get_provider_graph_assignment_info", None)
+    counts: Dict[str, int] = {}
+    if reader is None:
+        return counts
+    for subgraph in reader():
+        counts[subgraph.ep_name] = counts.get(subgraph.ep_name, 0) + len(subgraph.get_nodes())
+    return counts
+
+
+class _Binding(Binding):
+    """Input buffers are bound at once. Outputs are bound when their shapes are known: from the
+    model, or from the first run. A model whose output shapes vary with the data runs unbound."""
+
+    def __init__(
+        self,
+        session: Any,
+        inputs: Tuple[TensorSpec, ...],
+        outputs: Tuple[TensorSpec, ...],
+        shapes: Shapes,
+    ) -> None:
+        self._session, self._specs = session, outputs
+        self._names = [spec.name for spec in outputs]
+        self._input_names = [spec.name for spec in inputs]
+        self.inputs = tuple(np.zeros(s, numpy_dtype(i.dtype)) for i, s in zip(inputs, shapes))
+        self.outputs = ()
+        self._io: Optional[Any] = None
+        self._varies = any(spec.dtype == "string" for spec in (*inputs, *outputs))
+        known = _output_shapes(inputs, outputs, shapes)
+        if known is not None and not self._varies:
+            self._bind_outputs(known)
+
+    def invoke(self) -> None:
+        if self._io is not None:
+            try:
+                self._session.run_with_iobinding(self._io)
+            except Exception as error:
+                if "shape" not in str(error).lower():
+                    raise
+                # The outputs' shapes depend on the data: never bind them again.
+                self._io, self._varies = None, True
+            else:
+                return
+        feed = dict(zip(self._input_names, self.inputs))
+        results: List[np.ndarray] = self._session.run(self._names, feed)
+        self.outputs = tuple(results)
+        if not self._varies:
+            self._bind_outputs([r.shape for r in results], results)
+
+    def _bind_outputs(
+        self, shapes: List[Tuple[int, ...]], values: Optional[List[np.ndarray]] = None
+    ) -> None:
+        buffers = []
+        binding = self._session.io_binding()
+        for name, buffer in zip(self._input_names, self.inputs):
+            binding.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        for index, (spec, shape) in enumerate(zip(self._specs, shapes)):
+            buffer = np.zeros(shape, numpy_dtype(spec.dtype)) if values is None else values[index]
+            binding.bind_output(spec.name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
+            buffers.append(buffer)
+        self._io, self.outputs = binding, tuple(buffers)
+
+
+def _output_shapes(
+    inputs: Tuple[TensorSpec, ...], outputs: Tuple[TensorSpec, ...], shapes: Shapes
+) -> Optional[List[Tuple[int, ...]]]:
+    """The outputs' shapes if the model's dimension names give them, else None."""
+    free: Dict[Dim, int] = {}
+    for spec, shape in zip(inputs, shapes):
+        free.update((d, n) for d, n in zip(spec.shape, shape) if isinstance(d, str))
+    known = []
+    for spec in outputs:
+        dims = [free.get(d) if isinstance(d, str) else d for d in spec.shape]
+        if any(d is None for d in dims):
+            return None
+        known.append(tuple(int(d) for d in dims if d is not None))
+    return known
+
+
+def _spec(node: Any) -> TensorSpec:
+    kind = str(node.type)
+    inner = kind[len("tensor(") : -1] if kind.startswith("tensor(") else ""
+    if inner not in _DTYPES:
+        raise ModelError(f"{node.name!r} is of type {kind}; only plain tensors are supported")
+    shape: List[Dim] = []
+    for position, dim in enumerate(node.shape):
+        fixed = isinstance(dim, int) and dim > 0
+        shape.append(dim if fixed else (dim or f"{node.name}_{position}"))
+    return TensorSpec(node.name, _DTYPES[inner], tuple(shape))

@@ -1,0 +1,136 @@
+"""OpenVINO: compiled for the first shapes that come, infer request with pre-set tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import numpy as np
+
+from ..errors import ModelError
+from ..manifest import Dim, TensorSpec
+from ..placement import Placement
+from . import Binding, Loaded, Options, Shapes
+
+__all__ = ["load"]
+
+# OpenVINO's names -> numpy's
+_DTYPES = {
+    "f16": "float16", "f32": "float32", "f64": "float64", "boolean": "bool", "string": "string",
+    "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64",
+}  # fmt: skip
+_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def load(files: Mapping[str, bytes], options: Options) -> Loaded:
+    """Load an IR (`.xml` and `.bin`) or ONNX for the CPU, computing floats as
+    `options.precision` says."""
+    import openvino as ov
+
+    if len(files) == 1 and next(iter(files)).endswith(".onnx"):
+        (onnx,) = files.values()
+        core = ov.Core()
+        return _Loaded(core, core.read_model(model=onnx), options)
+    xml = [data for name, data in files.items() if name.endswith(".xml")]
+    weights = [data for name, data in files.items() if name.endswith(".bin")]
+    if len(xml) != 1 or len(weights) > 1:
+        raise ModelError(f"an OpenVINO variant is one .xml and one .bin, found: {', '.join(files)}")
+    core = ov.Core()
+    blob = np.frombuffer(weights[0], np.uint8) if weights else np.zeros(0, np.uint8)
+    model = core.read_model(model=xml[0], weights=ov.Tensor(blob))
+    return _Loaded(core, model, options)
+
+
+class _Loaded(Loaded):
+    def __init__(self, core: Any, model: Any, options: Options) -> None:
+        import openvino as ov
+
+        self._core, self._model = core, model
+        self._config = {
+            "INFERENCE_NUM_THREADS": options.threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            # Without this a CPU with AVX512-BF16 computes float models in bfloat16.
+            "INFERENCE_PRECISION_HINT": _PRECISION[options.precision],
+        }
+        self.version = str(ov.get_version()).split("-", maxsplit=1)[0]
+        self.inputs = tuple(_spec(port) for port in model.inputs)
+        self.outputs = tuple(_spec(port) for port in model.outputs)
+        self._static: Optional[Tuple[Shapes, Any]] = None
+        self._dynamic: Optional[Any] = None
+
+    def bind(self, shapes: Shapes) -> Binding:
+        return _Binding(self._compiled(shapes), self.inputs, shapes)
+
+    def _compiled(self, shapes: Shapes) -> Any:
+        """Compiled for fixed shapes, which is faster, for the first shapes; for all others
+        compiled once with free shapes."""
+        if self._static is None:
+            model = self._model
+            if any(port.partial_shape.is_dynamic for port in model.inputs):
+                model = model.clone()
+                model.reshape({port: list(s) for port, s in zip(model.inputs, shapes)})
+            self._static = (shapes, self._core.compile_model(model, "CPU", self._config))
+        if self._static[0] == shapes:
+            return self._static[1]
+        if self._dynamic is None:
+            self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
+        return self._dynamic
+
+    def placement(self) -> Placement:
+        if self._static is None:
+            self._compiled(tuple(spec.with_batch(1) for spec in self.inputs))
+        assert self._static is not None  # noqa: S101  (for the type checker)
+        compiled = self._static[1]
+        devices = list(compiled.get_property("EXECUTION_DEVICES"))
+        precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+        counts: Dict[str, int] = {}
+        for op in compiled.get_runtime_model().get_ordered_ops():
+            info = op.get_rt_info()
+            kind = info["runtimePrecision"].astype(str) if "runtimePrecision" in info else "?"
+            counts[kind] = counts.get(kind, 0) + 1
+        return Placement(
+            {str(d).split(".", maxsplit=1)[0]: 1.0 / len(devices) for d in devices},
+            "+".join(map(str, devices)),
+            _DTYPES.get(precision, precision),
+            counts,
+        )
+
+
+class _Binding(Binding):
+    def __init__(self, compiled: Any, specs: Tuple[TensorSpec, ...], shapes: Shapes) -> None:
+        import openvino as ov
+
+        self._request = compiled.create_infer_request()
+        self.inputs = tuple(np.zeros(s, np.dtype(i.dtype)) for i, s in zip(specs, shapes))
+        for index, buffer in enumerate(self.inputs):
+            self._request.set_input_tensor(index, ov.Tensor(buffer, shared_memory=True))
+        ports = compiled.outputs
+        self._count = len(ports)
+        self._varies = any(port.partial_shape.is_dynamic for port in ports)
+        self.outputs = ()
+        if not self._varies:
+            self.outputs = tuple(
+                np.zeros(tuple(port.shape), np.dtype(_DTYPES[port.element_type.get_type_name()]))
+                for port in ports
+            )
+            for index, buffer in enumerate(self.outputs):
+                self._request.set_output_tensor(index, ov.Tensor(buffer, shared_memory=True))
+
+    def invoke(self) -> None:
+        self._request.infer()
+        if self._varies:
+            request = self._request
+            self.outputs = tuple(request.get_output_tensor(i).data for i in range(self._count))
+
+
+def _spec(port: Any) -> TensorSpec:
+    kind = port.element_type.get_type_name()
+    names = sorted(port.get_names())
+    name = port.get_any_name() if names else port.get_node().get_friendly_name()
+    if kind not in _DTYPES or kind == "string":
+        raise ModelError(f"{name!r} is of type {kind}; not supported")
+    shape: List[Dim] = []
+    for position, dim in enumerate(port.partial_shape):
+        shape.append(f"{name}_{position}" if dim.is_dynamic else dim.get_length())
+    return TensorSpec(name, _DTYPES[kind], tuple(shape))

@@ -1,0 +1,52 @@
+"""One-operator models: an engine counts as usable only after it compiled and ran one."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+
+import numpy as np
+
+from .engines import Options, load_engine
+from .errors import EngineError
+
+__all__ = ["probe"]
+
+# y = x @ x for float32 (2, 2), opset 13: `onnx.helper.make_model` with nothing optional set.
+_ONNX = base64.b64decode(
+    "CAcSADpAChEKAXgKAXgSAXkiBk1hdE11bBIBcFoTCgF4Eg4KDAgBEggKAggCCgIIAmITCgF5Eg4KDAgBEggKAggC"
+    "CgIIAkIECgAQDQ=="
+)
+# y = x + x for float32 (1, 2), from TensorFlow 2.21's converter, deflated.
+_TFLITE = (
+    "eNplUr1OwlAUPoUKBJqqoTEOHRgcTQP4M7gRxISEH4PEyaQ0aTVNoCSlEEwcHZ2cGRkceAafwMEH4Dkcrefcnosk3O"
+    "RL7/3OOd/5qwkA/ZvWmQElMOEYDDgADbkcqHgH5ABeEWvEmwKwQHylANL4xit608mLKIrJ40vjuHPEPmLihTM/eLJd"
+    "79GZDiMRpyKWcRzLO32f+UtvHW2SnyNSrEfcmm2EIqLe7dw3enfNbsduN/q161q/hrUk9eQgqVX6jvzADqdB5I88e+"
+    "aFE38cwB7yK6oHsUC8sP875xls+qS56Btd4k4EmxFchuNAzEDOUhXzuGyksuZP00xzL6qIAqha1YpV3tUg7Yp1kZj4"
+    "LH/j+AOxQtBc261mr1QfB9hH5LmWmJUhPPVNdtLUmaedPHA/LucZOX4APGcZa4j8GhQ4lnsvaHw/5b0p3Is8yhaAbQ"
+    "PO84kxZDpgDbKVaLfIH+L31gkjP8JteG7dGQ6vyuzzn+NI9ATcVXKyyCappa7Cut+oW9z99+w5Km/rKmKnVKMq6vwD"
+    "60xj5A=="
+)
+
+
+def probe(engine: str) -> str:
+    """Compile and run one operator; returns the engine's version.
+
+    Raises:
+        EngineMissingError: not installed.
+        EngineError: installed, but it does not compute.
+    """
+    if engine == "litert":
+        name, model = "probe.tflite", zlib.decompress(base64.b64decode(_TFLITE))
+        x, wanted = np.array([[1.5, -2.0]], np.float32), np.array([[3.0, -4.0]], np.float32)
+    else:
+        name, model = "probe.onnx", _ONNX
+        x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
+        wanted = x @ x
+    loaded = load_engine(engine, {name: model}, Options())
+    binding = loaded.bind((x.shape,))
+    binding.inputs[0][...] = x
+    binding.invoke()
+    if not np.allclose(binding.outputs[0], wanted, atol=1e-5):
+        raise EngineError(f"{engine} computes wrong results for one operator: do not use it here")
+    return loaded.version

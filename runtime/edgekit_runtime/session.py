@@ -1,0 +1,338 @@
+"""Sessions: a verified model on an engine, buffers bound once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
+
+import numpy as np
+
+from .bundle import Bundle, is_bundle
+from .engines import ENGINE_OF_FORMAT, Binding, Loaded, Options, Shapes, load_engine, numpy_dtype
+from .errors import EngineError, EngineMissingError, InputError, ModelError, one_line
+from .manifest import Manifest, TensorSpec, Variant
+from .placement import Placement, enforce
+
+__all__ = ["Bound", "Session", "format_of", "load", "model_files", "open_variant"]
+
+_FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino"}
+
+
+def load(
+    path: Union[str, Path],
+    *,
+    variant: Optional[str] = None,
+    threads: Optional[int] = None,
+    engine: Optional[str] = None,
+    precision: str = "float32",
+) -> Session:
+    """Load a bundle (`.edgekit`) or a plain model (`.onnx`, `.tflite`, `.xml`).
+
+    Every file of a bundle is hashed against its manifest before an engine sees one, and the
+    engine is given the verified bytes, not the path. Without `variant`, the first variant whose
+    engine is installed is taken, in the bundle's order of preference. `threads`, `engine` and
+    `precision` are for plain models; of these only `threads` overrides a bundle.
+
+    Raises:
+        BundleError: the bundle is damaged, hostile or of another schema.
+        ModelError: the model is missing or the engine refuses it.
+        EngineMissingError: no engine is installed that could run it.
+        LimitError: the engine did not place the model as the bundle promises.
+    """
+    file = Path(path)
+    if is_bundle(file):
+        with Bundle(file) as bundle:
+            return open_variant(bundle, variant, threads=threads)
+    if variant is not None:
+        raise ModelError(f"{file} is a plain model; only bundles have variants")
+    found = format_of(file)
+    files = model_files(file)
+    loaded = load_engine(
+        engine or ENGINE_OF_FORMAT[found], files, Options(threads or 1, precision)
+    )
+    return Session(loaded, loaded.inputs, loaded.outputs)
+
+
+def format_of(path: Path) -> str:
+    """The format a model file's name says.
+
+    Raises:
+        ModelError: the suffix is not one the runtime knows.
+    """
+    found = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
+    if found is None:
+        known = ", ".join((".edgekit", *_FORMAT_OF_SUFFIX))
+        raise ModelError(f"{path} is not a model the runtime loads; known: {known}")
+    return found
+
+
+def model_files(path: Path) -> Dict[str, bytes]:
+    """A plain model's files by name, read into memory; an `.xml` brings its `.bin`.
+
+    Raises:
+        ModelError: a file is missing, empty or cannot be read.
+    """
+    paths = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
+    files = {}
+    for one in paths:
+        try:
+            files[one.name] = one.read_bytes()
+        except OSError as error:
+            raise ModelError(f"cannot read {one}: {error.strerror}") from None
+        if not files[one.name]:
+            raise ModelError(f"{one} is empty")
+    return files
+
+
+def open_variant(
+    bundle: Bundle, variant_id: Optional[str] = None, *, threads: Optional[int] = None
+) -> Session:
+    """A session on one variant of an open bundle, after verifying all of it."""
+    manifest = bundle.manifest
+    wanted = [manifest.variant(variant_id)] if variant_id else list(manifest.variants)
+    kept = bundle.verify(keep=tuple(path for v in wanted for path in v.files))
+    missing: List[EngineMissingError] = []
+    for variant in wanted:
+        files = {path.rsplit("/", 1)[-1]: kept[path] for path in variant.files}
+        options = Options(threads or variant.threads, variant.precision)
+        try:
+            loaded = load_engine(variant.engine, files, options)
+        except EngineMissingError as error:
+            missing.append(error)
+            continue
+        enforce(variant.placement, loaded.placement(), variant=variant.id)
+        return Session(
+            loaded, manifest.inputs, manifest.outputs, manifest=manifest, variant=variant
+        )
+    raise EngineMissingError(f"{bundle.path}: {'; '.join(map(str, missing))}")
+
+
+class Session:
+    """A loaded model. `run` may be called from any thread; calls are serialised by a lock.
+
+    `inputs` and `outputs` are TensorSpecs. `manifest` and `variant` are None for plain models.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        inputs: Tuple[TensorSpec, ...],
+        outputs: Tuple[TensorSpec, ...],
+        *,
+        manifest: Optional[Manifest] = None,
+        variant: Optional[Variant] = None,
+    ) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self.manifest, self.variant = manifest, variant
+        self.engine_version = loaded.version
+        self._loaded: Optional[Loaded] = loaded
+        self._lock = threading.Lock()
+        # Position in the engine's order -> our spec; engines may order or name things otherwise.
+        self._ordered = _match(
+            inputs, loaded.inputs, variant.input_names if variant else None, "input"
+        )
+        ordered_outputs = _match(
+            outputs, loaded.outputs, variant.output_names if variant else None, "output"
+        )
+        self._output_names = tuple(spec.name for spec in ordered_outputs)
+        self._bindings: OrderedDict[Shapes, Binding] = OrderedDict()
+        self._binding: Optional[Binding] = None
+        self._slots: Tuple[Tuple[str, np.ndarray, Tuple[int, ...], Any], ...] = ()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        """Run once; the arrays returned are the caller's own.
+
+        Other shapes than last time rebind the buffers, where the model leaves them free.
+
+        Raises:
+            InputError: a name, dtype or shape does not fit; nothing ran.
+            EngineError: the engine failed, or the session is closed.
+        """
+        with self._lock:
+            slots = self._slots
+            try:
+                for name, buffer, shape, dtype in slots:
+                    array = inputs[name]
+                    if array.dtype is not dtype or array.shape != shape:
+                        break
+                    buffer[...] = array
+                else:
+                    if slots and len(inputs) == len(slots):
+                        return self._invoke()
+            except (KeyError, AttributeError, TypeError):
+                pass  # explained below
+            self._fit(inputs)
+            return self._invoke()
+
+    def bind(self, shapes: Optional[Mapping[str, Tuple[int, ...]]] = None) -> Bound:
+        """Buffers of your own for running without copies; free dimensions default to 1.
+
+        The buffers stay valid until the session is closed or bound to other shapes.
+        """
+        given = shapes or {}
+        wanted = tuple(
+            tuple(given[s.name]) if s.name in given else s.with_batch(1) for s in self._ordered
+        )
+        for spec, shape in zip(self._ordered, wanted):
+            if not spec.accepts(shape):
+                raise InputError(f"input {spec} does not take the shape {list(shape)}")
+        with self._lock:
+            binding = self._engine().bind(wanted)
+            if self._engine().max_bindings == 1:
+                self._bindings.clear()
+                self._slots = ()
+        return Bound(binding, tuple(s.name for s in self._ordered), self._output_names)
+
+    @property
+    def placement(self) -> Placement:
+        """Which device and delegate the engine really uses."""
+        return self._engine().placement()
+
+    def close(self) -> None:
+        """Free the engine's memory. A closed session refuses to run."""
+        with self._lock:
+            if self._loaded is not None:
+                self._bindings.clear()
+                self._binding, self._slots = None, ()
+                self._loaded.close()
+                self._loaded = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def _engine(self) -> Loaded:
+        if self._loaded is None:
+            raise EngineError("the session is closed; load the model again")
+        return self._loaded
+
+    def _invoke(self) -> Dict[str, np.ndarray]:
+        binding = self._binding
+        assert binding is not None  # noqa: S101  (set by _fit)
+        try:
+            binding.invoke()
+        except Exception as error:
+            raise EngineError(f"the engine failed: {one_line(error)}") from error
+        if binding.fresh_outputs:
+            return dict(zip(self._output_names, binding.outputs))
+        return {name: out.copy() for name, out in zip(self._output_names, binding.outputs)}
+
+    def _fit(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Check the inputs, choose or make buffers for their shapes, and fill them."""
+        loaded = self._engine()
+        arrays = _checked(self._ordered, inputs)
+        shapes = tuple(array.shape for array in arrays)
+        binding = self._bindings.get(shapes)
+        if binding is None:
+            try:
+                binding = loaded.bind(shapes)
+            except Exception as error:
+                listed = ", ".join(str(list(s)) for s in shapes)
+                raise EngineError(
+                    f"the engine refused the shapes {listed}: {one_line(error)}"
+                ) from error
+            while len(self._bindings) >= loaded.max_bindings:
+                self._bindings.popitem(last=False)
+            self._bindings[shapes] = binding
+        self._bindings.move_to_end(shapes)
+        self._binding = binding
+        self._slots = tuple(
+            (spec.name, buffer, buffer.shape, buffer.dtype)
+            for spec, buffer in zip(self._ordered, binding.inputs)
+        )
+        for buffer, array in zip(binding.inputs, arrays):
+            buffer[...] = array
+
+
+class Bound:
+    """Buffers for running without copies: fill `inputs`, call, read `outputs`.
+
+    >>> bound = session.bind()                       # doctest: +SKIP
+    >>> bound.inputs["x"][...] = x; bound(); bound.outputs["y"]   # doctest: +SKIP
+
+    `outputs` are overwritten by the next call. Not thread-safe: one Bound per thread.
+    """
+
+    def __init__(
+        self, binding: Binding, input_names: Tuple[str, ...], output_names: Tuple[str, ...]
+    ) -> None:
+        self._binding, self._output_names = binding, output_names
+        self.inputs = dict(zip(input_names, binding.inputs))
+        self._invoke = binding.invoke
+
+    def __call__(self) -> None:
+        """Run on what is in `inputs`."""
+        self._invoke()
+
+    @property
+    def outputs(self) -> Dict[str, np.ndarray]:
+        """The engine's output buffers after the last call."""
+        return dict(zip(self._output_names, self._binding.outputs))
+
+
+def _match(
+    ours: Tuple[TensorSpec, ...],
+    engines: Tuple[TensorSpec, ...],
+    names: Optional[Tuple[str, ...]],
+    what: str,
+) -> Tuple[TensorSpec, ...]:
+    """Our specs in the engine's order; `names` are the engine's names in our order."""
+    wanted = dict(zip(names or tuple(s.name for s in ours), ours))
+    matched = []
+    for spec in engines:
+        if spec.name not in wanted:
+            raise ModelError(f"the model has the {what} {spec.name!r}, the manifest does not")
+        mine = wanted.pop(spec.name)
+        if mine.dtype != spec.dtype or len(mine.shape) != len(spec.shape):
+            raise ModelError(f"the model's {what} is {spec}, the manifest says {mine}")
+        matched.append(mine)
+    if wanted:
+        raise ModelError(f"the manifest has the {what} {next(iter(wanted))!r}, the model does not")
+    return tuple(matched)
+
+
+def _checked(
+    specs: Tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]
+) -> List[np.ndarray]:
+    """The arrays in order, or an InputError that says what was found and wanted."""
+    wanted = ", ".join(spec.name for spec in specs)
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"run() takes a dict of arrays by input name ({wanted})")
+    unknown = sorted(set(inputs) - {spec.name for spec in specs})
+    missing = [spec.name for spec in specs if spec.name not in inputs]
+    if unknown or missing:
+        raise InputError(f"the inputs are named {', '.join(map(str, inputs))}; wanted: {wanted}")
+    arrays = []
+    for spec in specs:
+        array = inputs[spec.name]
+        if not isinstance(array, np.ndarray):
+            kind = type(array).__name__
+            raise InputError(f"input {spec.name!r} is a {kind}; wanted a numpy {spec.dtype} array")
+        if array.dtype != numpy_dtype(spec.dtype) and spec.dtype != "string":
+            raise InputError(
+                f"input {spec.name!r} has dtype {_dtype_name(array.dtype)}; wanted {spec.dtype}: "
+                f"use .astype(numpy.{spec.dtype})"
+            )
+        if not spec.accepts(array.shape):
+            raise InputError(
+                f"input {spec.name!r} has shape {list(array.shape)}; wanted "
+                f"[{', '.join(map(str, spec.shape))}]"
+            )
+        if array.size == 0:
+            raise InputError(f"input {spec.name!r} is empty: shape {list(array.shape)}")
+        arrays.append(array)
+    return arrays
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype.name) if dtype.isnative else f"{dtype.name} of foreign byte order"
