@@ -4,6 +4,14 @@ The same words as on the command line: `edgekit optimize` is `edgekit.optimize.o
 Importing this package imports nothing heavy.
 """
 
-from edgekit_runtime import __version__
+from __future__ import annotations
 
 __all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    from edgekit_runtime import __version__  # imports numpy: not for `edgekit --help`
+
+    return __version__

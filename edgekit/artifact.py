@@ -13,7 +13,15 @@ from edgekit.errors import ModelError
 from edgekit_runtime.manifest import TensorSpec
 from edgekit_runtime.session import format_of, load
 
-__all__ = ["FORMAT_NAMES", "Artifact", "TensorSpec", "format_files", "open_model", "spec_from_json"]
+__all__ = [
+    "FORMAT_NAMES",
+    "Artifact",
+    "TensorSpec",
+    "format_files",
+    "open_model",
+    "read_specs",
+    "spec_from_json",
+]
 
 FORMAT_NAMES = {"onnx": "ONNX", "openvino": "OpenVINO IR", "tflite": "TFLite"}
 

@@ -30,7 +30,7 @@ from edgekit_runtime.manifest import (
 from edgekit_runtime.session import load
 from edgekit_runtime.worker import synthetic_inputs
 
-__all__ = ["VariantSource", "write_bundle"]
+__all__ = ["VariantSource", "make_golden", "write_bundle"]
 
 _GOLDEN_SAMPLES = 3
 
@@ -159,7 +159,8 @@ def _golden(
         tolerance = {
             name: _tolerance(outputs[name], quantized=source.scheme != "fp32") for name in outputs
         }
-    golden = Golden(*arrays, samples=_GOLDEN_SAMPLES, tolerance=tolerance)
+    inputs_path, outputs_path = arrays
+    golden = Golden(inputs_path, outputs_path, _GOLDEN_SAMPLES, tolerance)
     return golden, arrays
 
 

@@ -66,7 +66,8 @@ def rank(entrants: Sequence[Entrant], reference: Entrant, aim: Aim) -> Choice:
         return Choice(tuple(e.id for e in order), dropped, why)
     order = sorted(field, key=_middle)
     fastest = order[0]
-    level = [e for e in order if e is fastest or _ratio(e, fastest)[1] <= 1.0]
+    # Without an interval (too few rounds) nothing is called level: -inf is not <= 1 by evidence.
+    level = [e for e in order if e is fastest or 0 < _ratio(e, fastest)[1] <= 1.0]
     winner = min(level, key=lambda e: (e.size_bytes, _middle(e)))
     order.sort(key=lambda e: (e is not winner, e not in level, _middle(e)))
     return Choice(tuple(e.id for e in order), dropped, _why(winner, fastest, reference, level))

@@ -26,7 +26,15 @@ from edgekit.artifact import TensorSpec
 from edgekit.cache import Cache, content_key, file_sha256
 from edgekit.errors import InputError, UsageError, one_line
 
-__all__ = ["LABELS", "Dataset", "Split", "load_function", "open_dataset", "split_samples"]
+__all__ = [
+    "LABELS",
+    "Dataset",
+    "Split",
+    "lay_out",
+    "load_function",
+    "open_dataset",
+    "split_samples",
+]
 
 LABELS = "labels"
 _INDEX = "index.json"
@@ -220,9 +228,7 @@ def load_function(reference: str, *, what: str) -> Any:
 # --- in the child -------------------------------------------------------------------------------
 
 
-def lay_out(
-    source: str, function: str, inputs: list[dict[str, Any]], folder: str
-) -> None:
+def lay_out(source: str, function: str, inputs: list[dict[str, Any]], folder: str) -> None:
     """Write a source's arrays as files and check them against the model's inputs."""
     target = Path(folder)
     found = (
@@ -319,9 +325,7 @@ def _entry(file: str, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> di
     return {"file": file, "dtype": np.dtype(dtype).str, "shape": list(shape), "offset": offset}
 
 
-def _check_names_and_lengths(
-    source: str, found: dict[str, Any], specs: list[TensorSpec]
-) -> int:
+def _check_names_and_lengths(source: str, found: dict[str, Any], specs: list[TensorSpec]) -> int:
     wanted = [spec.name for spec in specs]
     missing = [name for name in wanted if name not in found]
     if missing:

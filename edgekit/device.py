@@ -19,7 +19,16 @@ from edgekit import sandbox
 from edgekit.errors import EdgeKitError, UsageError
 from edgekit_runtime.engines import ENGINES, engine_version
 
-__all__ = ["THIS_MACHINE", "DeviceProfile", "load_profile", "probe_engine", "profile_ids"]
+__all__ = [
+    "THIS_MACHINE",
+    "Cpu",
+    "DeviceProfile",
+    "Quantization",
+    "load_profile",
+    "probe_engine",
+    "profile_ids",
+    "this_machine",
+]
 
 THIS_MACHINE = "this-machine"
 SCHEMA = "edgekit.device/1"
@@ -53,7 +62,7 @@ class DeviceProfile(_Facts):
     id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     name: str
     arch: Literal["x86_64", "aarch64", "armv7l"]
-    cpu: Cpu
+    cpu: Cpu = Cpu()
     memory_bytes: Positive | None = None
     engines: list[str]
     threads: Positive
@@ -148,7 +157,8 @@ def _usable_cores() -> int:
 
 
 def _cpuinfo() -> tuple[str | None, list[str]]:
-    model, features = None, []
+    model: str | None = None
+    features: list[str] = []
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,12 +1,12 @@
 """The host's errors: the runtime's tree (see `edgekit_runtime.errors`) and two of its own.
 
-    MissingToolError
-    +-- MissingExtraError     an optional library is not installed
-    EdgeKitError
-    +-- ChildError            a child process crashed, hung or went over its memory
-    +-- InterruptedRunError   the user stopped it before there was anything to return
-    UsageError
-    +-- OutOfSpaceError       a disk is full
+MissingToolError
++-- MissingExtraError     an optional library is not installed
+EdgeKitError
++-- ChildError            a child process crashed, hung or went over its memory
++-- InterruptedRunError   the user stopped it before there was anything to return
+UsageError
++-- OutOfSpaceError       a disk is full
 """
 
 from __future__ import annotations

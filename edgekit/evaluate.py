@@ -20,7 +20,7 @@ from edgekit.data import Dataset, load_function
 from edgekit.errors import InputError, ModelError, UsageError, one_line
 from edgekit.execute import outputs_of
 
-__all__ = ["METRICS", "Metric", "metric_named", "paired_interval"]
+__all__ = ["METRICS", "Metric", "evaluate", "metric_named", "paired_interval"]
 
 Rows = NDArray[np.float64]
 Outputs = dict[str, NDArray[Any]]
@@ -243,9 +243,7 @@ def metric_named(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     if ".py:" not in name:
-        raise UsageError(
-            f"no metric {name!r}; known: {', '.join(METRICS)}, or module.py:function"
-        )
+        raise UsageError(f"no metric {name!r}; known: {', '.join(METRICS)}, or module.py:function")
     return _users_metric(name)
 
 
@@ -279,6 +277,7 @@ def evaluate(
     options: dict[str, Any],
     data: dict[str, str],
     indices: str,
+    *,
     metric: str,
     folder: str,
     reference: str | None = None,
@@ -333,9 +332,7 @@ def _canonical(outputs: Outputs, base: Path | None, store: _OutputStore | None) 
         return {name: outputs[name] for name in names}
     if len(names) == len(outputs) == 1:
         return dict(zip(names, outputs.values(), strict=True))
-    raise ModelError(
-        f"conversion renamed outputs: {', '.join(names)} became {', '.join(outputs)}"
-    )
+    raise ModelError(f"conversion renamed outputs: {', '.join(names)} became {', '.join(outputs)}")
 
 
 def _check_labels(
@@ -346,7 +343,14 @@ def _check_labels(
     output: NDArray[Any],
 ) -> None:
     """Class numbers must be ones the model can answer."""
-    if labels is None or metric.name not in ("top1", "top5", "accuracy", "precision", "recall", "f1"):
+    if labels is None or metric.name not in (
+        "top1",
+        "top5",
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+    ):
         return
     numbers = _integer(labels)
     classes = max(2, output.size)
@@ -372,7 +376,9 @@ class _OutputStore:
         self._bytes += sum(v.nbytes for v in outputs.values())
         if self._everything or (position < 64 and self._bytes < _KEPT_OUTPUT_BYTES):
             with (self._folder / f"{position}.npz").open("wb") as file:
-                np.savez(file, allow_pickle=False, **{f"o{i}": v for i, v in enumerate(outputs.values())})
+                np.savez(
+                    file, allow_pickle=False, **{f"o{i}": v for i, v in enumerate(outputs.values())}
+                )
 
     @staticmethod
     def load(base: Path, position: int) -> Outputs | None:

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from edgekit.cache import Cache, content_key, write_atomically
 from edgekit.choose import Aim, Choice, Entrant, over_budget, rank
 from edgekit.compress.quantize import quantize
 from edgekit.convert import convert, tool_versions
-from edgekit.data import Dataset, Split, open_dataset, split_samples
-from edgekit.device import DeviceProfile, load_profile, probe_engine
+from edgekit.data import open_dataset, split_samples
+from edgekit.device import load_profile, probe_engine
 from edgekit.errors import (
     EdgeKitError,
     InterruptedRunError,
@@ -41,16 +41,16 @@ from edgekit.errors import (
     UsageError,
 )
 from edgekit.evaluate import METRICS, metric_named
-from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
+from edgekit.measure.benchmark import Contender, Rounds, measure
 from edgekit.measure.conditions import conditions
 from edgekit.measure.report import report_html
-from edgekit.measure.statistics import ratio_interval
+from edgekit.observer import Observer
+from edgekit.outcome import SCHEMA, Row, data_facts, describe, model_facts
 from edgekit.plan import Candidate, make_plan
 from edgekit_runtime import __version__
 
-__all__ = ["SCHEMA", "Observer", "Request", "optimize"]
+__all__ = ["Request", "optimize"]
 
-SCHEMA = "edgekit.optimize/1"
 #: shares of `--budget` by which building, then measuring must be over
 _BUILD_SHARE, _MEASURE_SHARE = 0.6, 0.85
 _MEASURE_SAMPLES = 32
@@ -74,41 +74,6 @@ class Request:
     threads: int | None = None
     seed: int = 0
     command: str = ""
-
-
-class Observer:
-    """Told what happens; the command line draws it. Does nothing by itself."""
-
-    def phase(self, name: str) -> None:
-        """A new phase begins."""
-
-    def plan(self, candidates: Sequence[Candidate], profile: DeviceProfile) -> None:
-        """The plan is made; nothing has been built."""
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        """`task` has come to `done` of `total`."""
-
-    def row(self, candidate: str, text: str) -> None:
-        """Something became known of a candidate."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-
-
-@dataclass
-class _Row:
-    """What is known of one candidate so far."""
-
-    candidate: Candidate
-    status: str = "planned"
-    reason: str = ""
-    artifact: Artifact | None = None
-    build_s: float = 0.0
-    result: dict[str, Any] = field(default_factory=dict)
-    measurement: Measurement | None = None
-
-    def end(self, status: str, reason: str) -> None:
-        self.status, self.reason = status, reason
 
 
 def optimize(
@@ -136,10 +101,12 @@ class _Run:
         self.notes: list[str] = []
         self.incomplete: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._formats: dict[str, Artifact | EdgeKitError] = {}
+        self._locks: dict[str, threading.Lock] = {}
 
     def go(self) -> dict[str, Any]:
         self._prepare()
-        rows = [_Row(c) for c in self.plan]
+        rows = [Row(c) for c in self.plan]
         for row in rows:
             if row.candidate.skip:
                 row.end("skipped", row.candidate.skip)
@@ -202,7 +169,7 @@ class _Run:
 
     # --- build and evaluate ---------------------------------------------------------------------
 
-    def _build_all(self, rows: list[_Row]) -> None:
+    def _build_all(self, rows: list[Row]) -> None:
         reference = rows[0]
         self._build(reference, None)
         if self.cancel.is_set():
@@ -220,7 +187,7 @@ class _Run:
         elif any(row.status == "skipped" and row.reason == _SPENT for row in rows):
             self.incomplete.append("the budget was spent before everything was tried")
 
-    def _build(self, row: _Row, deadline: float | None) -> None:
+    def _build(self, row: Row, deadline: float | None) -> None:
         """Build and evaluate one candidate; its failure is its row, a full disk is ours."""
         candidate = row.candidate
         timeout_s = 900.0 if deadline is None else deadline - time.monotonic()
@@ -235,7 +202,7 @@ class _Run:
         try:
             row.artifact = self._artifact(candidate, limits, progress)
             row.build_s = time.monotonic() - start
-            row.result = self._evaluate(row, self.split.selection, limits, progress)
+            row.evaluation = self._evaluate(row, self.split.selection, limits, progress)
         except OutOfSpaceError:
             raise
         except EdgeKitError as error:
@@ -248,10 +215,10 @@ class _Run:
                 row.end("failed", str(error))
             self.observer.row(candidate.id, f"{row.status}: {row.reason}")
             return None
-        figure = row.result["metric"]
+        figure = row.evaluation["metric"]
         reason = over_budget(
-            row.result.get("drop", 0.0), self.request.max_drop, row.result["broken"],
-            row.result["samples"],
+            row.evaluation.get("drop", 0.0), self.request.max_drop, row.evaluation["broken"],
+            row.evaluation["samples"],
         )  # fmt: skip
         if reason:
             row.end("dropped", reason)
@@ -263,9 +230,7 @@ class _Run:
     def _artifact(
         self, candidate: Candidate, limits: sandbox.Limits, progress: Callable[[int, int], None]
     ) -> Artifact:
-        artifact = convert(
-            self.source, candidate.format, cache=self.cache, limits=limits, progress=progress
-        )
+        artifact = self._converted(candidate.format, limits, progress)
         if candidate.scheme.kind == "fp32":
             return artifact
         return quantize(
@@ -273,9 +238,26 @@ class _Run:
             cache=self.cache, limits=limits, progress=progress,
         )  # fmt: skip
 
+    def _converted(
+        self, fmt: str, limits: sandbox.Limits, progress: Callable[[int, int], None]
+    ) -> Artifact:
+        """The source in a format: made once for all candidates, as is its failure."""
+        with self._locks.setdefault(fmt, threading.Lock()):
+            if fmt not in self._formats:
+                try:
+                    self._formats[fmt] = convert(
+                        self.source, fmt, cache=self.cache, limits=limits, progress=progress
+                    )
+                except EdgeKitError as error:
+                    self._formats[fmt] = error
+        found = self._formats[fmt]
+        if isinstance(found, EdgeKitError):
+            raise found
+        return found
+
     def _evaluate(
         self,
-        row: _Row,
+        row: Row,
         samples: NDArray[np.int64],
         limits: sandbox.Limits,
         progress: Callable[[int, int], None],
@@ -329,7 +311,7 @@ class _Run:
 
     # --- measure --------------------------------------------------------------------------------
 
-    def _measure_all(self, rows: list[_Row]) -> None:
+    def _measure_all(self, rows: list[Row]) -> None:
         inputs = self._measuring_inputs()
         contenders = [
             Contender(
@@ -337,7 +319,7 @@ class _Run:
                 serious=row.status == "planned",
             )
             for row in rows
-            if row.artifact is not None and row.result
+            if row.artifact is not None and row.evaluation
         ]  # fmt: skip
         hurried = self.cancel.is_set()
         if hurried:  # the user waits: only what may be chosen, and briefly
@@ -373,7 +355,7 @@ class _Run:
 
     # --- choose and confirm ---------------------------------------------------------------------
 
-    def _choose(self, rows: list[_Row]) -> tuple[Choice, _Row, dict[str, Any] | None]:
+    def _choose(self, rows: list[Row]) -> tuple[Choice, Row, dict[str, Any] | None]:
         by_id = {row.candidate.id: row for row in rows}
         entrants = [
             Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
@@ -398,15 +380,15 @@ class _Run:
             if row is chosen:
                 row.end("chosen", choice.why if row.candidate.id == choice.order[0] else "")
             elif row.status == "planned":
-                row.end("kept", self._why_kept(row, chosen))
+                row.end("kept", _why_kept(row, chosen))
         return choice, chosen, confirmation
 
-    def _confirm(self, row: _Row, tries: int) -> dict[str, Any] | None:
+    def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:
         """The candidate and the reference once on samples nothing was decided on."""
         end = self._deadline(1.0)
         timeout_s = 900.0 if end is None else max(5.0, end - time.monotonic())
         limits = sandbox.Limits(timeout_s=timeout_s, cancel=self.cancel)
-        reference = _Row(self.plan[0], artifact=self.source)
+        reference = Row(self.plan[0], artifact=self.source)
         samples = self.split.confirmation
         try:
             before = self._evaluate(
@@ -437,16 +419,10 @@ class _Run:
             "reason": reason,
         }
 
-    def _why_kept(self, row: _Row, chosen: _Row) -> str:
-        if row.measurement is None or chosen.measurement is None or row.artifact is None:
-            return ""
-        ratio = ratio_interval(row.measurement.medians_ns, chosen.measurement.medians_ns)[0]
-        return f"good, but {ratio:.2f}x the latency of the chosen one"
-
     # --- bundle and report ----------------------------------------------------------------------
 
     def _finish(
-        self, rows: list[_Row], choice: Choice, chosen: _Row, confirmation: dict[str, Any] | None
+        self, rows: list[Row], choice: Choice, chosen: Row, confirmation: dict[str, Any] | None
     ) -> dict[str, Any]:
         request = self.request
         assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
@@ -463,7 +439,7 @@ class _Run:
                     placement["shares"],
                     {
                         "latency_ns": chosen.measurement.latency(),
-                        "metric": {self.metric: chosen.result["metric"]},
+                        "metric": {self.metric: chosen.evaluation["metric"]},
                         "peak_rss_bytes": chosen.measurement.peak_rss_bytes,
                         "conditions": self.conditions,
                     },
@@ -484,9 +460,7 @@ class _Run:
             work=self.work,
         )  # fmt: skip
         document["seconds"] = {**self.seconds, "total": time.monotonic() - self.started}
-        samples = {
-            row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement
-        }
+        samples = {row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement}
         write_atomically(report, report_html(document).encode())
         write_atomically(
             request.out / "result.json",
@@ -501,20 +475,13 @@ class _Run:
         return tuple(replace(s, range=ranges.get(s.name)) for s in self.source.inputs)
 
     def _document(
-        self, rows: list[_Row], chosen: _Row, confirmation: dict[str, Any] | None
+        self, rows: list[Row], chosen: Row, confirmation: dict[str, Any] | None
     ) -> dict[str, Any]:
-        request, split = self.request, self.split
-        described = [self._describe(row, rows[0]) for row in rows]
+        request = self.request
+        described = [describe(row, rows[0]) for row in rows]
         return {
             "schema": SCHEMA,
-            "model": {
-                "path": str(request.model),
-                "sha256": self.source.sha256,
-                "format": self.source.format,
-                "size_bytes": self.source.size_bytes,
-                "inputs": [str(spec) for spec in self.source.inputs],
-                "outputs": [str(spec) for spec in self.source.outputs],
-            },
+            "model": model_facts(str(request.model), self.source),
             "profile": {"id": self.profile.id, "name": self.profile.name},
             "target": request.target,
             "metric": self.metric,
@@ -522,15 +489,7 @@ class _Run:
             "max_drop": request.max_drop,
             "minimize": request.minimize,
             "threads": self.threads,
-            "data": {
-                "source": request.data,
-                "sha256": self.data.sha256,
-                "samples": self.data.count,
-                "calibration": len(split.calibration),
-                "calibration_source": split.calibration_data.source,
-                "selection": len(split.selection),
-                "confirmation": len(split.confirmation),
-            },
+            "data": data_facts(request.data, self.data.sha256, self.data.count, self.split),
             "reference": described[0],
             "candidates": described,
             "chosen": chosen.candidate.id,
@@ -543,34 +502,6 @@ class _Run:
             "command": request.command,
             "edgekit": __version__,
             "conditions": self.conditions,
-        }
-
-    def _describe(self, row: _Row, reference: _Row) -> dict[str, Any]:
-        candidate, measured = row.candidate, row.measurement
-        ratio = None
-        if measured and measured.rounds_ns and reference.measurement:
-            ratio = list(ratio_interval(measured.medians_ns, reference.measurement.medians_ns))
-        return {
-            "id": candidate.id,
-            "engine": candidate.engine,
-            "engine_version": measured.engine_version if measured else None,
-            "format": candidate.format,
-            "scheme": str(candidate.scheme),
-            "threads": candidate.threads,
-            "status": row.status,
-            "reason": row.reason,
-            "metric": row.result.get("metric"),
-            "metric_drop": row.result.get("drop", 0.0 if row.result else None),
-            "metric_drop_interval": row.result.get("drop_interval"),
-            "samples": row.result.get("samples"),
-            "cosine": row.result.get("cosine"),
-            "latency_ns": measured.latency() if measured else None,
-            "latency_ratio": ratio if ratio is None or np.isfinite(ratio).all() else [ratio[0]] * 3,
-            "first_run_ns": measured.first_run_ns if measured else None,
-            "peak_rss_bytes": measured.peak_rss_bytes if measured else None,
-            "placement": measured.placement if measured else None,
-            "size_bytes": row.artifact.size_bytes if row.artifact else None,
-            "build_s": round(row.build_s, 3),
         }
 
     # --- small things ---------------------------------------------------------------------------
@@ -591,6 +522,11 @@ class _Run:
     def _deadline(self, share: float) -> float | None:
         budget = self.request.budget_s
         return None if budget is None else self.started + share * budget
+
+
+def _why_kept(row: Row, chosen: Row) -> str:
+    ratio = row.ratio_to(chosen)
+    return f"good, but {ratio[0]:.2f}x the latency of the chosen one" if ratio else ""
 
 
 _SPENT = "the budget was spent before it was done"

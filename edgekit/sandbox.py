@@ -228,9 +228,9 @@ def _main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a framework that prints must not break the protocol
     request = json.loads(sys.stdin.buffer.read())
-    import edgekit.sandbox as imported  # this file runs as __main__; functions import the module
-
-    _channel = imported._channel = channel
+    # This file runs as __main__; the functions called import it under its name.
+    sys.modules["edgekit.sandbox"] = sys.modules["__main__"]
+    _channel = channel
     answer: dict[str, Any]
     try:
         module, _, name = request["target"].partition(":")

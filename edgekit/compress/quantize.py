@@ -82,7 +82,7 @@ def quantize(
         )  # fmt: skip
 
     folder = cache.folder(key, make)
-    step = {"step": "quantize", "scheme": scheme.to_json(), "tools": versions}
+    step: dict[str, Any] = {"step": "quantize", "scheme": scheme.to_json(), "tools": versions}
     if needs_data:
         step |= {"calibration": data.sha256, "calibration_samples": len(indices)}
     return open_model(folder / name, provenance=(*artifact.provenance, step))

@@ -104,4 +104,6 @@ def _require_int8(target: str) -> None:
 
     types = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     if not any(t.data_type in types and t.dims for t in onnx.load(target).graph.initializer):
-        raise ModelError("nothing was quantized: no operator the scheme covers has constant weights")
+        raise ModelError(
+            "nothing was quantized: no operator the scheme covers has constant weights"
+        )

@@ -33,7 +33,9 @@ def quantize_tflite(
             results = tool.calibrate({_signature(source[0]): list(samples)}, num_threads=1)
         quantized = tool.quantize(results)
     except Exception as error:
-        raise ModelError(f"litert-quantizer cannot quantize the model: {one_line(error)}") from error
+        raise ModelError(
+            f"litert-quantizer cannot quantize the model: {one_line(error)}"
+        ) from error
     quantized.export_model(target)
 
 
@@ -41,9 +43,7 @@ def _add_recipe(tool: Any, scheme: Scheme) -> None:
     from litert_quantizer import qtyping
 
     names = qtyping.TFLOperationName
-    operators = (
-        [names.ALL_SUPPORTED] if scheme.operators == "all" else [names[n] for n in _COMPUTE]
-    )
+    operators = [names.ALL_SUPPORTED] if scheme.operators == "all" else [names[n] for n in _COMPUTE]
     granularity = (
         qtyping.QuantGranularity.CHANNELWISE
         if scheme.per_channel

@@ -9,8 +9,8 @@ threads spin for up to 100 ms after a run, which would be measured in the next c
 from __future__ import annotations
 
 import json
-import queue
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -94,7 +94,7 @@ def measure(
     reference: str,
     *,
     inputs: Path | None,
-    rounds: Rounds = Rounds(),  # noqa: B008  (frozen)
+    rounds: Rounds = Rounds(),
     deadline: float | None = None,
     cancel: threading.Event | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -102,8 +102,8 @@ def measure(
 ) -> dict[str, Measurement]:
     """Measure all contenders, interleaved; one that fails gets a Measurement that says so.
 
-    `deadline` (monotonic seconds) or `cancel` end it after the current round, never before the
-    first is whole.
+    `deadline` (monotonic seconds) or `cancel` end it after the current round, but not before the
+    least number of rounds: fewer give no interval, and choosing by chance is no choice.
     """
 
     def spent() -> bool:
@@ -137,7 +137,7 @@ def measure(
             active = {key for key in active if taken[key].failure is None}
             if number + 1 >= rounds.least:
                 active = _still_open(contenders, taken, active, reference, rounds)
-            if len(active) < 2 or spent():
+            if not active or (number + 1 >= rounds.least and spent()):
                 break
     return taken
 
@@ -174,7 +174,7 @@ def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, int]]
     for _ in range(times):
         start = time.perf_counter_ns()
         done = subprocess.run(
-            [*_command("bench", contender), "--cold"],
+            [sys.executable, "-c", _COLD, *_command("bench", contender)[3:], "--cold"],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
         wall_ns = time.perf_counter_ns() - start
@@ -184,6 +184,13 @@ def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, int]]
         phases.pop("schema")
         found.append({**phases, "process_ns": wall_ns})
     return found
+
+
+#: the clock starts before anything is imported
+_COLD = (
+    "import time; started_ns = time.perf_counter_ns(); import sys;"
+    "from edgekit_runtime.__main__ import main; sys.exit(main(started_ns=started_ns))"
+)
 
 
 def _command(verb: str, contender: Contender) -> list[str]:
@@ -221,7 +228,9 @@ class _failures_into:  # noqa: N801  (used like contextlib's functions)
 class _Worker:
     """A measuring process: `python -m edgekit_runtime worker`."""
 
-    def __init__(self, contender: Contender, inputs: Path | None, *, timeout_s: float = 120) -> None:
+    def __init__(
+        self, contender: Contender, inputs: Path | None, *, timeout_s: float = 120
+    ) -> None:
         self._contender, self._timeout_s = contender, timeout_s
         self._command = _command("worker", contender)
         if inputs is not None:
@@ -231,7 +240,7 @@ class _Worker:
         self.hello: dict[str, Any] = {}
 
     def __enter__(self) -> _Worker:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
+        self._log: IO[bytes] = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env=child_environment(), start_new_session=True,
@@ -256,15 +265,21 @@ class _Worker:
                     stream.close()
 
     def block(self, rounds: Rounds) -> list[int]:
-        """Nanoseconds of as many runs as fit the round's time, at least three."""
+        """Nanoseconds of as many runs as fit the round's time, at least one.
+
+        Two untimed runs come first, since others have used the caches meanwhile; none where one
+        run takes longer than a block.
+        """
         fits = int(rounds.block_s * 1e9 / self._estimate_ns)
-        count = max(3, min(rounds.most_per_block, fits))
+        request = {
+            "cmd": "sample",
+            "count": max(1, min(rounds.most_per_block, fits)),
+            "untimed": 2 if fits >= 1 else 0,
+        }
         assert self._process.stdin is not None  # noqa: S101  (for the type checker)
         self._freeze(signal.SIGCONT)
         try:
-            self._process.stdin.write(
-                json.dumps({"cmd": "sample", "count": count}).encode() + b"\n"
-            )
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             pass  # it died: reading says how

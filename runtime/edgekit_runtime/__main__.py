@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import time
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
 
-_STARTED_NS = time.perf_counter_ns()
-
-import argparse  # noqa: E402  (the clock above starts before the imports it measures)
-import json  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, Dict, List, Optional  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from . import EdgeKitError, UsageError, load  # noqa: E402
-from .bundle import Bundle, is_bundle  # noqa: E402
-from .golden import check  # noqa: E402
-from .timing import sample, summary  # noqa: E402
-from .worker import cold_start, main_loop, peak_rss_bytes, synthetic_inputs  # noqa: E402
-
-_IMPORTED_NS = time.perf_counter_ns() - _STARTED_NS
+from . import EdgeKitError, UsageError, load
+from .arrays import read_npz, write_npz
+from .bundle import Bundle, is_bundle
+from .errors import one_line
+from .golden import check
+from .timing import sample, summary
+from .worker import cold_start, main_loop, peak_rss_bytes, read_samples
 
 __all__ = ["main"]
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 limit not met, 2 bad input, 3 tool)."""
+def main(arguments: Optional[List[str]] = None, *, started_ns: Optional[int] = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 limit not met, 2 bad input, 3 tool).
+
+    `started_ns` is `time.perf_counter_ns()` before this module was imported, for `bench --cold`.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
+    args.started_ns = started_ns
     try:
-        return int(args.command(args))
+        code = int(args.command(args))
+        sys.stdout.flush()
     except EdgeKitError as error:
         print(f"edgekit-runtime: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
+    except BrokenPipeError:  # nobody reads on; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"edgekit-runtime: {one_line(error)}", file=sys.stderr)
+        return 2
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,16 +85,11 @@ def _options(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        with np.load(str(args.input), allow_pickle=False) as archive:
-            inputs = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {args.input}: {error}") from None
+    inputs = read_npz(args.input)
     with load(args.model, **_options(args)) as session:
         outputs = session.run(inputs)
     if args.output:
-        with args.output.open("wb") as file:
-            np.savez(file, **outputs)  # type: ignore[arg-type]
+        write_npz(args.output, outputs)
     if args.json:
         shown = {name: array.tolist() for name, array in outputs.items()}
         _print({"schema": "edgekit.run/1", "outputs": shown})
@@ -100,6 +102,8 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     if not is_bundle(args.model):
         raise UsageError(f"{args.model} is a plain model; only bundles have golden outputs")
+    if args.engine is not None:
+        raise UsageError("--engine is for plain models; choose one of the bundle's variants")
     results = check(args.model, variant=args.variant, threads=args.threads)
     ok = all(result.ok for result in results)
     if args.json:
@@ -116,13 +120,13 @@ def _bench(args: argparse.Namespace) -> int:
     if args.runs < 1:
         raise UsageError(f"--runs is {args.runs}; wanted at least 1")
     if args.cold:
-        cold = cold_start(args.model, _options(args), args.input, imported_ns=_IMPORTED_NS)
+        cold = cold_start(args.model, _options(args), args.input, started_ns=args.started_ns)
         _print({"schema": "edgekit.cold/1", **cold})
         return 0
     with load(args.model, **_options(args)) as session:
-        inputs = synthetic_inputs(session)
-        sample(lambda: session.run(inputs), max(3, args.runs // 10))
-        taken = sample(lambda: session.run(inputs), args.runs)
+        samples = itertools.cycle(read_samples(session, args.input))
+        sample(lambda: session.run(next(samples)), max(3, args.runs // 10))
+        taken = sample(lambda: session.run(next(samples)), args.runs)
         placement = str(session.placement)
     latency = summary(taken)
     if args.json:
@@ -159,7 +163,19 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _print(value: Dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """One line of JSON. It has no NaN: those, and infinities, become null."""
+    try:
+        print(json.dumps(value, allow_nan=False))
+    except ValueError:
+        print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

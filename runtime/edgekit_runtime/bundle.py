@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-import zlib
 import zipfile
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Dict, List, Optional, Tuple, Type, Union
@@ -55,9 +55,11 @@ def is_bundle(path: Union[str, Path]) -> bool:
     if file.suffix == ".edgekit":
         return True
     try:
+        if not file.is_file():
+            return False
         with file.open("rb") as opened:
             return opened.read(4) == b"PK\x03\x04"
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -71,17 +73,20 @@ class Bundle:
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         try:
+            if self.path.exists() and not self.path.is_file():  # a pipe would block open()
+                raise BundleError(f"cannot open {self.path}: not a file")
             # Held open to the end: what was verified is what is read, whatever happens to the path.
             self._file: BinaryIO = self.path.open("rb")
-        except OSError as error:
-            raise BundleError(f"cannot open {self.path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise BundleError(f"cannot open {str(self.path)!r}: {reason}") from None
         try:
             self._entries = self._read_directory()
             self.manifest = Manifest.from_json(self._read_manifest())
             self._check_listing()
         except BundleError as error:
             self._file.close()
-            raise BundleError(f"{self.path}: {error}") from None
+            raise BundleError(f"{self.path}: {one_line(error)}") from None
         except BaseException:
             self._file.close()
             raise
@@ -96,7 +101,7 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path}: no file {path!r} in this bundle")
         data = self._stored(path, entry.size_bytes)
-        self._compare(entry, hashlib.sha256(data).hexdigest())
+        self._compare(entry, hashlib.sha256(data).hexdigest(), zlib.crc32(data))
         return data
 
     def verify(self, keep: Tuple[str, ...] = ()) -> Dict[str, bytes]:
@@ -110,7 +115,7 @@ class Bundle:
             if entry.path in keep:
                 kept[entry.path] = self.read(entry.path)
             else:
-                self._compare(entry, self._stream_hash(entry))
+                self._compare(entry, *self._stream_hash(entry))
         return kept
 
     def close(self) -> None:
@@ -128,11 +133,15 @@ class Bundle:
     ) -> None:
         self.close()
 
-    def _compare(self, entry: FileEntry, found: str) -> None:
+    def _compare(self, entry: FileEntry, found: str, crc: int) -> None:
         if found != entry.sha256:
             raise BundleError(
                 f"{self.path}: {entry.path} is damaged: SHA-256 {found[:12]}..., "
                 f"the manifest says {entry.sha256[:12]}...; copy the bundle again"
+            )
+        if crc != self._entries[entry.path].CRC:
+            raise BundleError(
+                f"{self.path}: {entry.path} has a wrong CRC-32: copy the bundle again"
             )
 
     def _read_directory(self) -> Dict[str, zipfile.ZipInfo]:
@@ -140,6 +149,8 @@ class Bundle:
         size = self._file.seek(0, 2)
         if size == 0:
             raise BundleError("the file is empty")
+        if size > MAX_BUNDLE_BYTES:
+            raise BundleError(f"{size} bytes, at most {MAX_BUNDLE_BYTES} are allowed")
         try:
             with zipfile.ZipFile(self._file) as archive:
                 entries = archive.infolist()
@@ -159,7 +170,9 @@ class Bundle:
             if (entry.external_attr >> 16) & 0o170000 == 0o120000:
                 raise BundleError(f"{entry.filename} is a link; only plain files are allowed")
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise BundleError(f"{entry.filename} is compressed; bundles store files as they are")
+                raise BundleError(f"{entry.filename} is compressed; bundles store files as is")
+            if entry.file_size > size:
+                raise BundleError(f"{entry.filename} is said to be larger than the whole bundle")
         self._compare_headers(entries, size)
         return {e.filename: e for e in entries}
 
@@ -202,6 +215,8 @@ class Bundle:
             odd = sorted(found ^ set(declared))[0]
             which = "in the archive but not in the manifest" if odd in found else "missing"
             raise BundleError(f"the file {odd[:80]!r} is {which}")
+        if list(self._entries) != [MANIFEST, *declared]:
+            raise BundleError(f"the files are not in the order of {MANIFEST}, itself first")
         for path, entry in declared.items():
             size = self._entries[path].file_size
             if size != entry.size_bytes:
@@ -217,13 +232,14 @@ class Bundle:
             raise BundleError(f"{self.path}: the file ends inside {path}")
         return data
 
-    def _stream_hash(self, entry: FileEntry) -> str:
-        digest, left = hashlib.sha256(), entry.size_bytes
+    def _stream_hash(self, entry: FileEntry) -> Tuple[str, int]:
+        digest, crc, left = hashlib.sha256(), 0, entry.size_bytes
         self._seek(entry.path)
         while left:
             chunk = self._file.read(min(left, 1 << 20))
             if not chunk:
                 raise BundleError(f"{self.path}: the file ends inside {entry.path}")
             digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
             left -= len(chunk)
-        return digest.hexdigest()
+        return digest.hexdigest(), crc

@@ -80,6 +80,7 @@ class TargetError(EdgeKitError):
 
 
 def one_line(error: BaseException, *, limit: int = 300) -> str:
-    """What a foreign exception says, on one line of at most `limit` characters."""
+    """What an exception says, on one line of at most `limit` printable characters."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Dict,
+    List,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from .errors import BundleError
+from .errors import BundleError, one_line
 
 __all__ = ["SCHEMA", "FileEntry", "Golden", "Manifest", "TensorSpec", "Tolerance", "Variant"]
 
 SCHEMA = "edgekit.bundle/1"
 
 Dim = Union[int, str]
+#: what a terminal would act on, and halves of characters that cannot be printed
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -145,8 +159,16 @@ class Manifest:
         raise BundleError(f"no variant {variant_id!r} in this bundle; it has: {known}")
 
     def to_json(self) -> str:
-        """The manifest as JSON with sorted keys: the same manifest gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        """The manifest as JSON with sorted keys: the same manifest gives the same bytes.
+
+        Raises:
+            BundleError: a number is NaN or infinite, which JSON cannot say.
+        """
+        raw = dataclasses.asdict(self)
+        try:
+            return json.dumps(raw, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise BundleError(f"the manifest cannot be written: {one_line(error)}") from None
 
     @classmethod
     def from_json(cls, text: Union[str, bytes]) -> Manifest:
@@ -156,23 +178,32 @@ class Manifest:
             BundleError: not JSON, another schema version, a missing, unknown or mistyped field.
         """
         try:
-            raw = json.loads(text)
+            if isinstance(text, bytes):
+                text = text.decode("utf-8")  # json would guess UTF-16, too
+            raw = json.loads(
+                text,
+                object_pairs_hook=_no_twins,
+                parse_constant=_no_constant,
+                parse_int=_short_int,
+            )
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"manifest.json is not JSON: {error}") from None
+            raise BundleError(f"manifest.json is not JSON: {one_line(error)}") from None
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
             raise BundleError(
-                f"the manifest's schema is {schema!r}, this runtime reads {SCHEMA!r}; "
+                f"the manifest's schema is {repr(schema)[:60]}, this runtime reads {SCHEMA!r}; "
                 "make the bundle again or update edgekit-runtime"
             )
-        manifest = _decode(cls, raw, "manifest")
+        try:
+            manifest = _decode(cls, raw, "manifest")
+        except RecursionError:  # json.loads had more stack left than we have
+            raise BundleError("the manifest is nested too deeply") from None
         assert isinstance(manifest, Manifest)  # noqa: S101  (for the type checker)
         _check_references(manifest)
         return manifest
 
 
 def _check_references(manifest: Manifest) -> None:
-    known = {entry.path for entry in manifest.files}
     if not manifest.variants:
         raise BundleError("the manifest has no variant")
     for what, names in (
@@ -180,19 +211,62 @@ def _check_references(manifest: Manifest) -> None:
         ("input", [s.name for s in manifest.inputs]),
         ("output", [s.name for s in manifest.outputs]),
     ):
-        if len(set(names)) != len(names):
-            raise BundleError(f"the manifest names an {what} twice: {', '.join(names)}")
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise BundleError(f"the manifest names the {what} {twice[0]!r} twice")
+    for spec in (*manifest.inputs, *manifest.outputs):
+        if any(isinstance(dim, int) and dim < 1 for dim in spec.shape):
+            raise BundleError(f"{spec.name!r} has the shape {list(spec.shape)}, wanted 1 or more")
+        if spec.range is not None and spec.range[0] > spec.range[1]:
+            raise BundleError(f"{spec.name!r} has the range {list(spec.range)}, wanted low, high")
+    known = {entry.path for entry in manifest.files}
     for variant in manifest.variants:
-        wanted = (*variant.files, variant.golden.inputs, variant.golden.outputs)
-        missing = [path for path in wanted if path not in known]
-        if missing:
-            raise BundleError(f"variant {variant.id!r} needs {missing[0]!r}, not listed in files")
-        if len(variant.input_names) != len(manifest.inputs) or len(variant.output_names) != len(
-            manifest.outputs
-        ):
-            raise BundleError(f"variant {variant.id!r} names other inputs or outputs than the model")
-        if variant.threads < 1:
-            raise BundleError(f"variant {variant.id!r} wants {variant.threads} threads")
+        _check_variant(variant, manifest, known)
+
+
+def _check_variant(variant: Variant, manifest: Manifest, known: Set[str]) -> None:
+    golden, what = variant.golden, f"variant {variant.id!r}"
+    wanted = (*variant.files, golden.inputs, golden.outputs)
+    missing = [path for path in wanted if path not in known]
+    if missing:
+        raise BundleError(f"{what} needs {missing[0]!r}, not listed in files")
+    if len({path.rsplit("/", 1)[-1] for path in variant.files}) != len(variant.files):
+        raise BundleError(f"{what} has two files of one name: {list(variant.files)}")
+    for names, specs in (
+        (variant.input_names, manifest.inputs),
+        (variant.output_names, manifest.outputs),
+    ):
+        if len(set(names)) != len(specs) or len(names) != len(specs):
+            raise BundleError(f"{what} names other inputs or outputs than the model: {list(names)}")
+    if variant.threads < 1:
+        raise BundleError(f"{what} wants {variant.threads} threads")
+    if golden.samples < 1:
+        raise BundleError(f"{what} has {golden.samples} golden samples, wanted 1 or more")
+    if set(golden.tolerance) != {spec.name for spec in manifest.outputs}:
+        raise BundleError(
+            f"{what} has tolerances for {sorted(golden.tolerance)}, "
+            f"wanted one for each output: {sorted(s.name for s in manifest.outputs)}"
+        )
+    if any(t.atol < 0 or t.rtol < 0 for t in golden.tolerance.values()):
+        raise BundleError(f"{what} has a negative tolerance")
+
+
+def _no_twins(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """A JSON object; a key given twice could be read two ways."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > 20:  # 64 bits have 20 digits; converting millions of them takes minutes
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _decode(wanted: Any, value: Any, where: str) -> Any:
@@ -203,27 +277,43 @@ def _decode(wanted: Any, value: Any, where: str) -> Any:
         return value
     origin, args = get_origin(wanted), get_args(wanted)
     if origin is Union:
-        for option in args:
-            if option is type(None):
-                if value is None:
-                    return None
-                continue
-            try:
-                return _decode(option, value, where)
-            except BundleError:
-                if len([a for a in args if a is not type(None)]) == 1:
-                    raise
-    elif origin is tuple and isinstance(value, list):
+        return _decode_union(args, value, where)
+    if wanted is str and isinstance(value, str) and _CONTROL.search(value):
+        raise BundleError(f"{where} holds control characters: {json.dumps(value)[:60]}")
+    if origin is tuple and isinstance(value, list):
         kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(kinds) == len(value):
-            return tuple(_decode(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+            pairs = enumerate(zip(kinds, value))
+            return tuple(_decode(kind, v, f"{where}[{i}]") for i, (kind, v) in pairs)
     elif origin is dict and isinstance(value, dict):
-        return {k: _decode(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif wanted in (int, str, bool) and type(value) is wanted:
-        return value
-    raise BundleError(f"{where} is {json.dumps(value)[:60]}, wanted {getattr(wanted, '__name__', wanted)}")
+        keys = [_decode(str, key, f"a key of {where}") for key in value]
+        return {key: _decode(args[1], value[key], f"{where}.{key}") for key in keys}
+    elif origin is None and _fits(wanted, value):
+        return wanted(value)
+    raise BundleError(f"{where} is {json.dumps(value)[:60]}, wanted {_type_name(wanted)}")
+
+
+def _decode_union(options: Tuple[Any, ...], value: Any, where: str) -> Any:
+    kinds = [kind for kind in options if kind is not type(None)]
+    if value is None and len(kinds) < len(options):
+        return None
+    if len(kinds) == 1:  # an Optional: let the error say what is wrong inside
+        return _decode(kinds[0], value, where)
+    for kind in kinds:  # plain types: a dimension is a number or a name
+        if _fits(kind, value):
+            return value
+    names = " or ".join(_type_name(kind) for kind in kinds)
+    raise BundleError(f"{where} is {json.dumps(value)[:60]}, wanted {names}")
+
+
+def _fits(wanted: Any, value: Any) -> bool:
+    if wanted is float:  # 1e999 is infinite when parsed
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is wanted
+
+
+def _type_name(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
 
 
 def _decode_dataclass(wanted: Any, value: Any, where: str) -> Any:

@@ -39,7 +39,8 @@ def enforce(contract: Dict[str, float], found: Placement, *, variant: str) -> No
         share = found.shares.get(device, 0.0)
         if share + 1e-6 < wanted:
             raise LimitError(
-                f"variant {variant!r} was to run {100 * wanted:.0f} % of its operators on {device}, "
+                f"variant {variant!r} was to run {100 * wanted:.0f} % of its operators on "
+                f"{device}, "
                 f"the engine placed {100 * share:.0f} % there ({found}); "
                 "refused: nothing falls back in silence"
             )

@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 
 from .engines import Options, load_engine
-from .errors import EngineError
+from .errors import EngineError, MissingToolError, one_line
 
-__all__ = ["probe"]
+__all__ = ["ONNX_MODEL", "probe"]
 
 # y = x @ x for float32 (2, 2), opset 13: `onnx.helper.make_model` with nothing optional set.
-_ONNX = base64.b64decode(
+ONNX_MODEL = base64.b64decode(
     "CAcSADpAChEKAXgKAXgSAXkiBk1hdE11bBIBcFoTCgF4Eg4KDAgBEggKAggCCgIIAmITCgF5Eg4KDAgBEggKAggC"
     "CgIIAkIECgAQDQ=="
 )
@@ -40,13 +40,18 @@ def probe(engine: str) -> str:
         name, model = "probe.tflite", zlib.decompress(base64.b64decode(_TFLITE))
         x, wanted = np.array([[1.5, -2.0]], np.float32), np.array([[3.0, -4.0]], np.float32)
     else:
-        name, model = "probe.onnx", _ONNX
+        name, model = "probe.onnx", ONNX_MODEL
         x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
         wanted = x @ x
-    loaded = load_engine(engine, {name: model}, Options())
-    binding = loaded.bind((x.shape,))
-    binding.inputs[0][...] = x
-    binding.invoke()
+    try:
+        loaded = load_engine(engine, {name: model}, Options())
+        binding = loaded.bind((x.shape,))
+        binding.inputs[0][...] = x
+        binding.invoke()
+    except MissingToolError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{engine} does not run one operator: {one_line(error)}") from error
     if not np.allclose(binding.outputs[0], wanted, atol=1e-5):
         raise EngineError(f"{engine} computes wrong results for one operator: do not use it here")
     return loaded.version

@@ -5,19 +5,37 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
+from types import MappingProxyType, TracebackType
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import numpy as np
 
 from .bundle import Bundle, is_bundle
-from .engines import ENGINE_OF_FORMAT, Binding, Loaded, Options, Shapes, load_engine, numpy_dtype
-from .errors import EngineError, EngineMissingError, InputError, ModelError, one_line
-from .manifest import Manifest, TensorSpec, Variant
+from .engines import (
+    ENGINE_OF_FORMAT,
+    ENGINES,
+    Binding,
+    Loaded,
+    Options,
+    Shapes,
+    load_engine,
+    numpy_dtype,
+)
+from .errors import (
+    EdgeKitError,
+    EngineError,
+    EngineMissingError,
+    InputError,
+    ModelError,
+    UsageError,
+    one_line,
+)
+from .manifest import Dim, Manifest, TensorSpec, Variant
 from .placement import Placement, enforce
 
 __all__ = ["Bound", "Session", "format_of", "load", "model_files", "open_variant"]
 
+_CLOSED = "the session is closed; load the model again"
 _FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino"}
 
 
@@ -41,18 +59,23 @@ def load(
         ModelError: the model is missing or the engine refuses it.
         EngineMissingError: no engine is installed that could run it.
         LimitError: the engine did not place the model as the bundle promises.
+        UsageError: an option that does not exist, or not for this kind of file.
     """
     file = Path(path)
     if is_bundle(file):
+        if engine is not None:
+            raise UsageError(f"{file} is a bundle: choose one of its variants, not the engine")
         with Bundle(file) as bundle:
             return open_variant(bundle, variant, threads=threads)
     if variant is not None:
         raise ModelError(f"{file} is a plain model; only bundles have variants")
     found = format_of(file)
     files = model_files(file)
-    loaded = load_engine(
-        engine or ENGINE_OF_FORMAT[found], files, Options(threads or 1, precision)
-    )
+    chosen = ENGINE_OF_FORMAT[found] if engine is None else engine
+    if chosen in ENGINES and found not in ENGINES[chosen][3]:
+        able = ", ".join(name for name, row in ENGINES.items() if found in row[3])
+        raise UsageError(f"{chosen} does not load {file.suffix} files; {able} would")
+    loaded = load_engine(chosen, files, Options(1 if threads is None else threads, precision))
     return Session(loaded, loaded.inputs, loaded.outputs)
 
 
@@ -73,16 +96,18 @@ def model_files(path: Path) -> Dict[str, bytes]:
     """A plain model's files by name, read into memory; an `.xml` brings its `.bin`.
 
     Raises:
-        ModelError: a file is missing, empty or cannot be read.
+        ModelError: a file is missing, empty or cannot be read. A `.bin` may be empty: a model
+            without weights has such a one.
     """
     paths = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
     files = {}
     for one in paths:
         try:
             files[one.name] = one.read_bytes()
-        except OSError as error:
-            raise ModelError(f"cannot read {one}: {error.strerror}") from None
-        if not files[one.name]:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise ModelError(f"cannot read {str(one)!r}: {reason}") from None
+        if not files[one.name] and one is path:
             raise ModelError(f"{one} is empty")
     return files
 
@@ -92,18 +117,18 @@ def open_variant(
 ) -> Session:
     """A session on one variant of an open bundle, after verifying all of it."""
     manifest = bundle.manifest
-    wanted = [manifest.variant(variant_id)] if variant_id else list(manifest.variants)
+    wanted = list(manifest.variants) if variant_id is None else [manifest.variant(variant_id)]
     kept = bundle.verify(keep=tuple(path for v in wanted for path in v.files))
     missing: List[EngineMissingError] = []
     for variant in wanted:
         files = {path.rsplit("/", 1)[-1]: kept[path] for path in variant.files}
-        options = Options(threads or variant.threads, variant.precision)
+        options = Options(variant.threads if threads is None else threads, variant.precision)
         try:
             loaded = load_engine(variant.engine, files, options)
         except EngineMissingError as error:
             missing.append(error)
             continue
-        enforce(variant.placement, loaded.placement(), variant=variant.id)
+        enforce(variant.placement, _placement(loaded), variant=variant.id)
         return Session(
             loaded, manifest.inputs, manifest.outputs, manifest=manifest, variant=variant
         )
@@ -162,7 +187,7 @@ class Session:
                 else:
                     if slots and len(inputs) == len(slots):
                         return self._invoke()
-            except (KeyError, AttributeError, TypeError):
+            except (LookupError, AttributeError, TypeError):
                 pass  # explained below
             self._fit(inputs)
             return self._invoke()
@@ -171,25 +196,36 @@ class Session:
         """Buffers of your own for running without copies; free dimensions default to 1.
 
         The buffers stay valid until the session is closed or bound to other shapes.
+
+        Raises:
+            InputError: a name or shape does not fit the model's inputs.
+            EngineError: the engine refuses the shapes, or the session is closed.
         """
         given = shapes or {}
+        known = tuple(s.name for s in self._ordered)
+        if not set(given) <= set(known):
+            raise InputError(
+                f"shapes are given for {', '.join(map(str, given))}; wanted: {', '.join(known)}"
+            )
         wanted = tuple(
             tuple(given[s.name]) if s.name in given else s.with_batch(1) for s in self._ordered
         )
         for spec, shape in zip(self._ordered, wanted):
-            if not spec.accepts(shape):
+            if not spec.accepts(shape) or any(size < 1 for size in shape):
                 raise InputError(f"input {spec} does not take the shape {list(shape)}")
         with self._lock:
-            binding = self._engine().bind(wanted)
-            if self._engine().max_bindings == 1:
+            loaded = self._engine()
+            binding = _bind(loaded, wanted)
+            if loaded.max_bindings == 1:
                 self._bindings.clear()
                 self._slots = ()
-        return Bound(binding, tuple(s.name for s in self._ordered), self._output_names)
+        return Bound(binding, known, self._output_names, lambda: self._loaded is None)
 
     @property
     def placement(self) -> Placement:
         """Which device and delegate the engine really uses."""
-        return self._engine().placement()
+        with self._lock:
+            return _placement(self._engine())
 
     def close(self) -> None:
         """Free the engine's memory. A closed session refuses to run."""
@@ -213,7 +249,7 @@ class Session:
 
     def _engine(self) -> Loaded:
         if self._loaded is None:
-            raise EngineError("the session is closed; load the model again")
+            raise EngineError(_CLOSED)
         return self._loaded
 
     def _invoke(self) -> Dict[str, np.ndarray]:
@@ -234,20 +270,15 @@ class Session:
         shapes = tuple(array.shape for array in arrays)
         binding = self._bindings.get(shapes)
         if binding is None:
-            try:
-                binding = loaded.bind(shapes)
-            except Exception as error:
-                listed = ", ".join(str(list(s)) for s in shapes)
-                raise EngineError(
-                    f"the engine refused the shapes {listed}: {one_line(error)}"
-                ) from error
+            binding = _bind(loaded, shapes)
             while len(self._bindings) >= loaded.max_bindings:
                 self._bindings.popitem(last=False)
             self._bindings[shapes] = binding
         self._bindings.move_to_end(shapes)
         self._binding = binding
+        # Strings never match: each one of an object array is to be looked at, in _checked.
         self._slots = tuple(
-            (spec.name, buffer, buffer.shape, buffer.dtype)
+            (spec.name, buffer, buffer.shape, None if buffer.dtype == object else buffer.dtype)
             for spec, buffer in zip(self._ordered, binding.inputs)
         )
         for buffer, array in zip(binding.inputs, arrays):
@@ -264,20 +295,51 @@ class Bound:
     """
 
     def __init__(
-        self, binding: Binding, input_names: Tuple[str, ...], output_names: Tuple[str, ...]
+        self,
+        binding: Binding,
+        input_names: Tuple[str, ...],
+        output_names: Tuple[str, ...],
+        closed: Callable[[], bool],
     ) -> None:
         self._binding, self._output_names = binding, output_names
-        self.inputs = dict(zip(input_names, binding.inputs))
-        self._invoke = binding.invoke
+        # Read-only: an array put here in place of a buffer would never reach the engine.
+        self.inputs = MappingProxyType(dict(zip(input_names, binding.inputs)))
+        self._invoke, self._closed = binding.invoke, closed
 
     def __call__(self) -> None:
-        """Run on what is in `inputs`."""
-        self._invoke()
+        """Run on what is in `inputs`.
+
+        Raises:
+            EngineError: the engine failed, or the session is closed or bound to other shapes.
+        """
+        if self._closed():
+            raise EngineError(_CLOSED)
+        try:
+            self._invoke()
+        except Exception as error:
+            raise EngineError(f"the engine failed: {one_line(error)}") from error
 
     @property
     def outputs(self) -> Dict[str, np.ndarray]:
         """The engine's output buffers after the last call."""
         return dict(zip(self._output_names, self._binding.outputs))
+
+
+def _bind(loaded: Loaded, shapes: Shapes) -> Binding:
+    try:
+        return loaded.bind(shapes)
+    except Exception as error:
+        listed = ", ".join(str(list(s)) for s in shapes)
+        raise EngineError(f"the engine refused the shapes {listed}: {one_line(error)}") from error
+
+
+def _placement(loaded: Loaded) -> Placement:
+    try:
+        return loaded.placement()
+    except EdgeKitError:
+        raise
+    except Exception as error:
+        raise EngineError(f"the engine does not say its placement: {one_line(error)}") from error
 
 
 def _match(
@@ -293,7 +355,7 @@ def _match(
         if spec.name not in wanted:
             raise ModelError(f"the model has the {what} {spec.name!r}, the manifest does not")
         mine = wanted.pop(spec.name)
-        if mine.dtype != spec.dtype or len(mine.shape) != len(spec.shape):
+        if mine.dtype != spec.dtype or not _compatible(mine.shape, spec.shape):
             raise ModelError(f"the model's {what} is {spec}, the manifest says {mine}")
         matched.append(mine)
     if wanted:
@@ -301,24 +363,32 @@ def _match(
     return tuple(matched)
 
 
-def _checked(
-    specs: Tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]
-) -> List[np.ndarray]:
+def _compatible(ours: Tuple[Dim, ...], engines: Tuple[Dim, ...]) -> bool:
+    """Whether fixed dimensions agree; a free one goes with any."""
+    pairs = zip(ours, engines)
+    return len(ours) == len(engines) and all(
+        a == b or isinstance(a, str) or isinstance(b, str) for a, b in pairs
+    )
+
+
+def _checked(specs: Tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]) -> List[np.ndarray]:
     """The arrays in order, or an InputError that says what was found and wanted."""
     wanted = ", ".join(spec.name for spec in specs)
     if not isinstance(inputs, Mapping):
         raise InputError(f"run() takes a dict of arrays by input name ({wanted})")
-    unknown = sorted(set(inputs) - {spec.name for spec in specs})
-    missing = [spec.name for spec in specs if spec.name not in inputs]
-    if unknown or missing:
-        raise InputError(f"the inputs are named {', '.join(map(str, inputs))}; wanted: {wanted}")
+    if set(inputs) != {spec.name for spec in specs}:
+        found = ", ".join(map(str, inputs)) or "nothing"
+        raise InputError(f"the inputs are named {found}; wanted: {wanted}")
     arrays = []
     for spec in specs:
         array = inputs[spec.name]
         if not isinstance(array, np.ndarray):
             kind = type(array).__name__
             raise InputError(f"input {spec.name!r} is a {kind}; wanted a numpy {spec.dtype} array")
-        if array.dtype != numpy_dtype(spec.dtype) and spec.dtype != "string":
+        if spec.dtype == "string":
+            if not all(isinstance(one, str) for one in array.flat):
+                raise InputError(f"input {spec.name!r} has dtype {array.dtype}; wanted strings")
+        elif array.dtype != numpy_dtype(spec.dtype):
             raise InputError(
                 f"input {spec.name!r} has dtype {_dtype_name(array.dtype)}; wanted {spec.dtype}: "
                 f"use .astype(numpy.{spec.dtype})"

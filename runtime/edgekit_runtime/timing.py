@@ -28,7 +28,7 @@ def percentile_ns(samples: Sequence[int], percent: float) -> int:
     really measured. `percent` in 0..100.
     """
     ordered = np.sort(np.asarray(samples, dtype=np.int64))
-    rank = max(1, int(np.ceil(percent / 100 * len(ordered))))
+    rank = max(1, int(np.ceil(percent * len(ordered) / 100)))
     return int(ordered[rank - 1])
 
 

@@ -3,29 +3,29 @@
 The host starts one worker per candidate and asks them in turn for blocks of samples, so that a
 noisy machine hits all candidates alike and no engine's threads or memory disturb another's.
 
-    {"cmd": "sample", "count": 10}  ->  {"samples": [ns, ...]}
+    {"cmd": "sample", "count": 10, "untimed": 2}  ->  {"samples": [ns, ...]}
     {"cmd": "close"}                ->  the process ends
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, IO, List, Optional
+from typing import IO, Any, Dict, List, Optional
 
 import numpy as np
 
-from .errors import EdgeKitError, InputError
-from .session import Session, load
+from .arrays import read_npz
+from .bundle import Bundle, is_bundle
+from .engines import ENGINE_OF_FORMAT, import_engine
+from .errors import EdgeKitError, EngineMissingError, InputError
+from .session import Session, format_of, load
 from .timing import sample
 
-__all__ = ["cold_start", "main_loop", "peak_rss_bytes", "synthetic_inputs"]
-
-#: at the beginning of each block: others have used the caches since the last one
-_UNTIMED_RUNS = 2
+__all__ = ["cold_start", "main_loop", "peak_rss_bytes", "read_samples", "synthetic_inputs"]
 
 
 def main_loop(
@@ -39,7 +39,7 @@ def main_loop(
 
     try:
         session = load(path, **options)
-        samples = _samples(session, inputs)
+        samples = read_samples(session, inputs)
         start = time.perf_counter_ns()
         session.run(samples[0])
         first_run_ns = time.perf_counter_ns() - start
@@ -65,7 +65,7 @@ def main_loop(
         if command["cmd"] == "close":
             break
         taken: List[int] = []
-        for number in range(-_UNTIMED_RUNS, command["count"]):
+        for number in range(-command.get("untimed", 0), command["count"]):
             current = samples[position % len(samples)]
             position += 1
             ns = sample(lambda: session.run(current), 1)  # noqa: B023  (called at once)
@@ -77,25 +77,44 @@ def main_loop(
 
 
 def cold_start(
-    path: Path, options: Dict[str, Any], inputs: Optional[Path], *, imported_ns: int
+    path: Path, options: Dict[str, Any], inputs: Optional[Path], *, started_ns: Optional[int]
 ) -> Dict[str, Any]:
-    """Load and run once in this fresh process; nanoseconds of each phase.
+    """Import, load and run once in this fresh process; nanoseconds of each phase.
 
-    `imported_ns` is what importing the runtime took, measured by the caller.
+    `started_ns` is the clock before the runtime was imported, None if nobody looked (then there
+    is no `import_ns`). Importing the engine's package counts as import, not as load.
     """
-    start = time.perf_counter_ns()
+    _import_engine_of(path, options)
+    imported = time.perf_counter_ns()
     session = load(path, **options)
     loaded = time.perf_counter_ns()
-    samples = _samples(session, inputs)
+    samples = read_samples(session, inputs)
     begin = time.perf_counter_ns()
     session.run(samples[0])
     end = time.perf_counter_ns()
+    known = {} if started_ns is None else {"import_ns": imported - started_ns}
     return {
-        "import_ns": imported_ns,
-        "load_ns": loaded - start,
+        **known,
+        "load_ns": loaded - imported,
         "first_run_ns": end - begin,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _import_engine_of(path: Path, options: Dict[str, Any]) -> None:
+    """Import the engine that `load` is going to take; what fails here, `load` explains."""
+    engines = [options.get("engine")]
+    if is_bundle(path):
+        with Bundle(path) as bundle:
+            chosen = options.get("variant")
+            variants = bundle.manifest.variants
+            engines = [v.engine for v in variants if chosen in (None, v.id)]
+    elif engines == [None]:
+        engines = [ENGINE_OF_FORMAT[format_of(path)]]
+    for engine in engines:
+        with contextlib.suppress(EngineMissingError):
+            import_engine(str(engine))
+            return
 
 
 def synthetic_inputs(session: Session, *, seed: int = 0) -> Dict[str, np.ndarray]:
@@ -130,16 +149,16 @@ def peak_rss_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _samples(session: Session, inputs: Optional[Path]) -> List[Dict[str, np.ndarray]]:
+def read_samples(session: Session, inputs: Optional[Path]) -> List[Dict[str, np.ndarray]]:
     """Inputs to measure with: each sample of an `.npz` with a leading axis, or seeded noise."""
     if inputs is None:
         return [synthetic_inputs(session)]
-    try:
-        with np.load(os.fspath(inputs), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {inputs}: {error}") from None
-    count = len(next(iter(arrays.values()))) if arrays else 0
-    if not count:
-        raise InputError(f"{inputs} holds no samples")
-    return [{name: array[i] for name, array in arrays.items()} for i in range(count)]
+    arrays = read_npz(inputs)
+    counts = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(counts) != 1 or counts == {0}:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise InputError(
+            f"{inputs} holds no samples: {shapes or 'no arrays'}; wanted arrays of one length"
+        )
+    # [i, ...] and not [i]: a sample of a scalar input is an array, too
+    return [{n: array[i, ...] for n, array in arrays.items()} for i in range(counts.pop())]

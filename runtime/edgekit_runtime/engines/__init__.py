@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from ..errors import EngineError, EngineMissingError, ModelError, one_line
+from ..errors import EngineError, EngineMissingError, ModelError, UsageError, one_line
 from ..manifest import TensorSpec
 from ..placement import Placement
 
@@ -25,7 +25,10 @@ __all__ = [
     "Options",
     "Shapes",
     "engine_version",
+    "import_engine",
     "load_engine",
+    "numpy_dtype",
+    "refuse_external_data",
 ]
 
 Shapes = Tuple[Tuple[int, ...], ...]
@@ -39,12 +42,28 @@ ENGINES: Dict[str, Tuple[str, str, str, Tuple[str, ...]]] = {
 ENGINE_OF_FORMAT = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "litert"}
 
 
+#: what `Options.precision` may say, and what OpenVINO calls it
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+MAX_THREADS = 1024  # onnxruntime 1.31 kills the process when asked for 5000
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to load: the number of threads, and the precision floats are to be computed in."""
+    """How to load: the number of threads, and the precision floats are to be computed in.
+
+    Raises:
+        UsageError: a value no engine knows.
+    """
 
     threads: int = 1
     precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise UsageError(f"{self.threads} threads asked for; wanted 1 to {MAX_THREADS}")
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise UsageError(f"no float precision {self.precision!r}; known: {known}")
 
 
 class Binding(ABC):
@@ -95,13 +114,12 @@ def engine_version(name: str) -> Optional[str]:
         return None
 
 
-def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load a model, given as bytes by file name, into the engine.
+def import_engine(name: str) -> str:
+    """Import the engine's package; returns the name of the module here that drives it.
 
     Raises:
-        EngineMissingError: the engine is not installed.
-        ModelError: the engine refused the model.
-        EngineError: the engine is installed but cannot be imported.
+        EngineMissingError: the engine is not installed, or there is none of that name.
+        EngineError: it is installed but cannot be imported.
     """
     if name not in ENGINES:
         raise EngineMissingError(f"no engine {name!r}; known: {', '.join(ENGINES)}")
@@ -116,6 +134,21 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
         ) from None
     except ImportError as error:
         raise EngineError(f"{package} is installed but broken: {one_line(error)}") from error
+    return module_name
+
+
+def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Loaded:
+    """Load a model, given as bytes by file name, into the engine.
+
+    Raises:
+        EngineMissingError: the engine is not installed.
+        ModelError: the engine refused the model.
+        EngineError: the engine is installed but cannot be imported.
+        UsageError: the engine cannot compute in the precision asked for.
+    """
+    module_name = import_engine(name)
+    if options.precision != "float32" and name != "openvino":
+        raise UsageError(f"{name} computes floats in float32; {options.precision} was asked for")
     load: Callable[[Mapping[str, bytes], Options], Loaded]
     load = importlib.import_module("." + module_name, __name__).load
     try:
@@ -124,6 +157,21 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
         raise
     except Exception as error:
         raise ModelError(f"{name} cannot load the model: {one_line(error)}") from error
+
+
+def refuse_external_data(onnx: bytes) -> None:
+    """Refuse an ONNX file that keeps weights in other files: they were not verified, and an
+    engine given bytes looks for them in the working folder.
+
+    Raises:
+        ModelError: a tensor names a file.
+    """
+    # TensorProto.external_data holds {key: "location", value: path}: field 1, 8 bytes; field 2.
+    if b"\x0a\x08location\x12" in onnx:
+        raise ModelError(
+            "the ONNX model keeps weights in another file; save it as one file: "
+            "onnx.save(onnx.load(path), new_path)"
+        )
 
 
 def numpy_dtype(name: str) -> Any:

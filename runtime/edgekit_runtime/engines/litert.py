@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
@@ -37,6 +39,7 @@ class _Loaded(Loaded):
         from importlib import metadata
 
         self._interpreter = interpreter
+        self._lock = threading.Lock()  # all bindings share the interpreter's one set of tensors
         self.version = metadata.version("ai-edge-litert")
         names_in, names_out = _signature_names(interpreter)
         self._in = interpreter.get_input_details()
@@ -46,17 +49,31 @@ class _Loaded(Loaded):
         self._bound: Optional[Shapes] = None
 
     def bind(self, shapes: Shapes) -> Binding:
-        if self._bound != shapes:
-            for detail, shape in zip(self._in, shapes):
-                if tuple(detail["shape"]) != shape or self._bound is not None:
-                    self._interpreter.resize_tensor_input(detail["index"], shape)
-            self._interpreter.allocate_tensors()
-            self._bound = shapes
-        return _Binding(self._interpreter, self._in, self._out, shapes)
+        with self._lock:
+            before = self._bound
+            if before != shapes:
+                self._bound = None
+                try:
+                    self._resize(shapes)
+                except Exception:
+                    if before is not None:  # bindings for the former shapes shall go on working
+                        self._resize(before)
+                        self._bound = before
+                    raise
+                self._bound = shapes
+        return _Binding(self._interpreter, self._lock, self._in, self._out, shapes)
+
+    def _resize(self, shapes: Shapes) -> None:
+        for detail, shape in zip(self._interpreter.get_input_details(), shapes):
+            if tuple(detail["shape"]) != shape:
+                self._interpreter.resize_tensor_input(detail["index"], shape)
+        self._interpreter.allocate_tensors()
 
     def placement(self) -> Placement:
         if self._bound is None:
-            self.bind(tuple(spec.with_batch(1) for spec in self.inputs))
+            # 1 may be too small for a free dimension: XNNPACK has taken its operators by then.
+            with contextlib.suppress(Exception):
+                self.bind(tuple(spec.with_batch(1) for spec in self.inputs))
         counts: Dict[str, int] = {}
         for op in self._interpreter._get_ops_details():
             counts[op["op_name"]] = counts.get(op["op_name"], 0) + 1
@@ -70,40 +87,65 @@ class _Binding(Binding):
     def __init__(
         self,
         interpreter: Any,
+        lock: threading.Lock,
         inputs: List[Dict[str, Any]],
         outputs: List[Dict[str, Any]],
         shapes: Shapes,
     ) -> None:
-        self._interpreter = interpreter
+        self._interpreter, self._lock = interpreter, lock
         self.inputs = tuple(np.zeros(s, d["dtype"]) for d, s in zip(inputs, shapes))
         self.outputs = ()
         self._in = tuple((d["index"], buffer) for d, buffer in zip(inputs, self.inputs))
         self._out = tuple(d["index"] for d in outputs)
+        self._scalars = any(len(d["shape"]) == 0 for d in outputs)
 
     def invoke(self) -> None:
         interpreter = self._interpreter
-        for index, buffer in self._in:
-            interpreter.set_tensor(index, buffer)
-        interpreter.invoke()
-        self.outputs = tuple([interpreter.get_tensor(index) for index in self._out])
+        with self._lock:
+            for index, buffer in self._in:
+                interpreter.set_tensor(index, buffer)
+            interpreter.invoke()
+            try:
+                self.outputs = tuple([interpreter.get_tensor(index) for index in self._out])
+            except ValueError:
+                self.outputs = tuple([self._empty(index) for index in self._out])
+        if self._scalars:  # get_tensor gives those as numpy scalars
+            self.outputs = tuple([np.asarray(value) for value in self.outputs])
+
+    def _empty(self, index: int) -> np.ndarray:
+        """An output that may have no elements, which `get_tensor` cannot read."""
+        detail = self._interpreter._get_tensor_details(index, 0)
+        if 0 in detail["shape"]:
+            return np.zeros(tuple(detail["shape"]), detail["dtype"])
+        return np.asarray(self._interpreter.get_tensor(index))
 
 
-def _signature_names(interpreter: Any) -> Tuple[Dict[int, str], Dict[int, str]]:
-    """Tensor index -> name in the model's only signature: what its author called it."""
+_Names = Dict[int, List[str]]
+
+
+def _signature_names(interpreter: Any) -> Tuple[_Names, _Names]:
+    """Tensor index -> names in the model's only signature: what its author called it. A tensor
+    that is two outputs has two."""
     signatures = interpreter.get_signature_list()
     if len(signatures) != 1:
         return {}, {}
     runner = interpreter.get_signature_runner(next(iter(signatures)))
-    return (
-        {d["index"]: name for name, d in runner.get_input_details().items()},
-        {d["index"]: name for name, d in runner.get_output_details().items()},
-    )
+    found: Tuple[_Names, _Names] = {}, {}
+    details = runner.get_input_details(), runner.get_output_details()
+    for names, tensors in zip(found, details):
+        for name, detail in tensors.items():
+            names.setdefault(detail["index"], []).append(name)
+    return found
 
 
-def _spec(detail: Dict[str, Any], names: Dict[int, str]) -> TensorSpec:
-    name = names.get(detail["index"], detail["name"])
+def _spec(detail: Dict[str, Any], names: _Names) -> TensorSpec:
+    given = names.get(detail["index"])
+    name = given.pop(0) if given else detail["name"]
+    kind = np.dtype(detail["dtype"])
+    if kind.kind not in "fiub":
+        raise ModelError(f"{name!r} is of type {kind.name}; not supported")
     shape: List[Dim] = []
     signature = detail.get("shape_signature", detail["shape"])
     for position, dim in enumerate(signature):
         shape.append(int(dim) if dim > 0 else f"{name}_{position}")
-    return TensorSpec(name, np.dtype(detail["dtype"]).name, tuple(shape))
+    return TensorSpec(name, kind.name, tuple(shape))

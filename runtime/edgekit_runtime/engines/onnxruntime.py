@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ModelError
 from ..manifest import Dim, TensorSpec
 from ..placement import Placement
-from . import Binding, Loaded, Options, Shapes, numpy_dtype
+from . import Binding, Loaded, Options, Shapes, numpy_dtype, refuse_external_data
 
 __all__ = ["load"]
 
@@ -30,9 +30,10 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3  # its warnings about unused initializers are not the user's
+    settings.log_severity_level = 4  # its errors reach us as exceptions, some are expected
     settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     (model,) = files.values()
+    refuse_external_data(model)
     return _Loaded(ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]))
 
 

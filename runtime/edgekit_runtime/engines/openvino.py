@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ModelError
 from ..manifest import Dim, TensorSpec
 from ..placement import Placement
-from . import Binding, Loaded, Options, Shapes
+from . import PRECISIONS, Binding, Loaded, Options, Shapes, refuse_external_data
 
 __all__ = ["load"]
 
@@ -19,7 +19,6 @@ _DTYPES = {
     "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
     "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64",
 }  # fmt: skip
-_PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def load(files: Mapping[str, bytes], options: Options) -> Loaded:
@@ -29,6 +28,7 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
 
     if len(files) == 1 and next(iter(files)).endswith(".onnx"):
         (onnx,) = files.values()
+        refuse_external_data(onnx)
         core = ov.Core()
         return _Loaded(core, core.read_model(model=onnx), options)
     xml = [data for name, data in files.items() if name.endswith(".xml")]
@@ -51,7 +51,7 @@ class _Loaded(Loaded):
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             # Without this a CPU with AVX512-BF16 computes float models in bfloat16.
-            "INFERENCE_PRECISION_HINT": _PRECISION[options.precision],
+            "INFERENCE_PRECISION_HINT": PRECISIONS[options.precision],
         }
         self.version = str(ov.get_version()).split("-", maxsplit=1)[0]
         self.inputs = tuple(_spec(port) for port in model.inputs)
@@ -78,10 +78,13 @@ class _Loaded(Loaded):
         return self._dynamic
 
     def placement(self) -> Placement:
-        if self._static is None:
-            self._compiled(tuple(spec.with_batch(1) for spec in self.inputs))
-        assert self._static is not None  # noqa: S101  (for the type checker)
-        compiled = self._static[1]
+        if self._static is None and self._dynamic is None:
+            try:
+                self._compiled(tuple(spec.with_batch(1) for spec in self.inputs))
+            except Exception:  # 1 is too small for some free dimension
+                self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
+        compiled = self._static[1] if self._static is not None else self._dynamic
+        assert compiled is not None  # noqa: S101  (for the type checker)
         devices = list(compiled.get_property("EXECUTION_DEVICES"))
         precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         counts: Dict[str, int] = {}
@@ -92,7 +95,7 @@ class _Loaded(Loaded):
         return Placement(
             {str(d).split(".", maxsplit=1)[0]: 1.0 / len(devices) for d in devices},
             "+".join(map(str, devices)),
-            _DTYPES.get(precision, precision),
+            {theirs: ours for ours, theirs in PRECISIONS.items()}.get(precision, precision),
             counts,
         )
 

@@ -1,0 +1,138 @@
+"""`edgekit bench`."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from edgekit.cache import default_root, file_sha256, write_atomically
+from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
+from edgekit.device import this_machine
+from edgekit.errors import ChildError, ModelError, UsageError
+from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_starts, measure
+from edgekit.measure.conditions import conditions
+from edgekit_runtime.bundle import Bundle, is_bundle
+from edgekit_runtime.engines import ENGINE_OF_FORMAT
+from edgekit_runtime.session import format_of
+
+__all__ = ["bench"]
+
+_COLD_STARTS = 3
+
+
+def bench(
+    model: Path,
+    /,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    input_: Annotated[Path | None, Parameter(name="--input")] = None,
+    on: str = "local",
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Time a model or bundle: cold start in fresh processes, then warm runs in rounds.
+
+    Parameters
+    ----------
+    model
+        A bundle (.edgekit) or a plain model (.onnx, .tflite, .xml).
+    engine
+        For a plain model: onnxruntime, openvino or litert; its format's own otherwise.
+    threads
+        Threads for the engine; the bundle's own number, or this machine's, otherwise.
+    input_
+        An .npz with samples to run; seeded noise otherwise.
+    on
+        Where to measure: local.
+    out
+        File for the raw samples and all conditions (JSON); in the cache folder otherwise.
+    json
+        One JSON object on stdout (schema edgekit.bench/1), raw samples included.
+    """
+    if on != "local":
+        raise UsageError(f"the target {on!r} is not known; this version has: local")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; wanted at least 1")
+    if not model.is_file():
+        raise ModelError(f"no file {model}")
+    if input_ is not None and not input_.is_file():
+        raise UsageError(f"no file {input_}")
+    bundled = is_bundle(model)
+    if bundled:
+        if engine is not None:
+            raise UsageError("--engine is for plain models; a bundle's variants name theirs")
+        with Bundle(model) as opened:
+            opened.verify()
+            variant = opened.manifest.variant()
+        engine, used = variant.engine, threads or variant.threads
+    else:
+        engine = engine or ENGINE_OF_FORMAT[format_of(model)]
+        used = threads or this_machine().threads
+    contender = Contender(model.name, model, used, None if bundled else engine)
+    with TerminalObserver() as observer:
+        observer.phase("[1/2] cold start")
+        cold = cold_starts(contender, times=_COLD_STARTS)
+        observer.phase("[2/2] warm runs")
+        taken = measure(
+            [contender], contender.id, inputs=input_, rounds=Rounds(least=20, most=20),
+            progress=lambda done, total: observer.progress("measuring", done, total),
+        )[contender.id]  # fmt: skip
+    if taken.failure:
+        raise ChildError(taken.failure)
+    document = _document(model, engine, used, cold, taken)
+    file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.stem}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json_module.dumps(document).encode())
+    if json:
+        print_json(document)
+        return
+    _show(document, file)
+
+
+def _document(
+    model: Path, engine: str, threads: int, cold: list[dict[str, int]], taken: Measurement
+) -> dict[str, Any]:
+    return {
+        "schema": "edgekit.bench/1",
+        "model": str(model),
+        "sha256": file_sha256(model),
+        "size_bytes": model.stat().st_size,
+        "engine": engine,
+        "engine_version": taken.engine_version,
+        "threads": threads,
+        "placement": taken.placement,
+        "cold": cold,
+        "latency_ns": taken.latency(),
+        "peak_rss_bytes": taken.peak_rss_bytes,
+        "rounds_ns": taken.rounds_ns,
+        "conditions": conditions(),
+    }
+
+
+def _show(document: dict[str, Any], file: Path) -> None:
+    latency, cold = document["latency_ns"], document["cold"]
+    stdout.print(
+        f"[bold]{document['model']}[/bold]  {document['engine']} {document['engine_version']}, "
+        f"{document['threads']} threads, {size(document['size_bytes'])}"
+    )
+    placement = document["placement"]
+    shares = ", ".join(f"{100 * v:.0f} % {k}" for k, v in placement["shares"].items())
+    stdout.print(f"ran on {shares} ({placement['delegate']}, {placement['precision']})")
+    for key, name in (("import_ns", "import"), ("load_ns", "load"), ("first_run_ns", "first run")):
+        values = sorted(one[key] for one in cold)
+        stdout.print(
+            f"cold  {name:<10} {seconds(values[len(values) // 2]):>8}  "
+            f"({seconds(values[0])} to {seconds(values[-1])}, {len(values)} fresh processes)"
+        )
+    for key in ("p50", "p90", "p99"):
+        if key in latency:
+            stdout.print(f"warm  {key:<10} {seconds(latency[key]):>8}")
+    stdout.print(f"peak memory      {size(document['peak_rss_bytes']):>8}")
+    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
+    stdout.print(f"{latency['samples']} samples, measured on {where}", markup=False)
+    stdout.print(f"raw samples and conditions: {file}", markup=False, soft_wrap=True)

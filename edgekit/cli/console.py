@@ -1,0 +1,135 @@
+"""What the verbs share on screen: progress on stderr, sizes and times for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edgekit.observer import Observer
+
+if TYPE_CHECKING:
+    from edgekit.device import DeviceProfile
+    from edgekit.plan import Candidate
+
+__all__ = ["TerminalObserver", "print_json", "seconds", "size", "stderr", "stdout", "times"]
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Exactly one JSON object on stdout."""
+    json.dump(value, sys.stdout, indent=1)
+    print()
+
+
+def size(size_bytes: int | None) -> str:
+    """`840 kB`, `3.2 MB`; a dash for nothing."""
+    if size_bytes is None:
+        return "-"
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= limit:
+            value = size_bytes / limit
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def seconds(ns: float | None) -> str:
+    """Nanoseconds as `5.43 ms`, `830 us`, `1.20 s`; a dash for nothing."""
+    if ns is None:
+        return "-"
+    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "us")):
+        if ns >= limit:
+            return f"{ns / limit:.3g} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def times(latency: dict[str, Any] | None, key: str = "p50") -> str:
+    """One figure of a `latency_ns` object."""
+    return seconds(latency[key]) if latency else "-"
+
+
+class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
+    """Bars on a terminal; elsewhere one plain line per event, at most every two seconds."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        if stderr.is_terminal:
+            self._bars = Progress(
+                TextColumn("  {task.description}"), BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+                console=stderr, transient=True,
+            )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
+        self._lock = threading.Lock()  # builds report from threads
+
+    def __enter__(self) -> TerminalObserver:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def phase(self, name: str) -> None:
+        self._clear()
+        self._say(f"[bold]{name}[/bold]")
+
+    def plan(self, candidates: Sequence[Candidate], profile: DeviceProfile) -> None:
+        table = Table(title=f"The plan for {profile.name}", title_justify="left", box=None)
+        for column in ("candidate", "engine", "scheme", ""):
+            table.add_column(column, overflow="fold")
+        for one in candidates:
+            table.add_row(
+                one.id, one.engine, str(one.scheme), f"skipped: {one.skip}" if one.skip else ""
+            )
+        stderr.print(table)
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        with self._lock:
+            if self._bars is not None:
+                if task not in self._tasks:
+                    self._tasks[task] = self._bars.add_task(task, total=total)
+                self._bars.update(self._tasks[task], completed=done, total=total)
+                return
+            now = time.monotonic()
+            if now - self._said.setdefault(task, now) >= 2:
+                self._said[task] = now
+                self._say(f"  {task}: {done} of {total}")
+
+    def row(self, candidate: str, text: str) -> None:
+        with self._lock:
+            if self._bars is not None and candidate in self._tasks:
+                self._bars.remove_task(self._tasks.pop(candidate))
+        self._say(f"  {candidate}: {text}", markup=False)
+
+    def note(self, text: str) -> None:
+        self._say(f"[yellow]note:[/yellow] {text}")
+
+    def _say(self, text: str, *, markup: bool = True) -> None:
+        stderr.print(text, markup=markup, soft_wrap=True)
+
+    def _clear(self) -> None:
+        with self._lock:
+            if self._bars is not None:
+                for task in self._tasks.values():
+                    self._bars.remove_task(task)
+            self._tasks.clear()
+            self._said.clear()

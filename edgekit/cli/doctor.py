@@ -1,0 +1,132 @@
+"""`edgekit doctor`."""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata, util
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from edgekit import __version__, sandbox
+from edgekit.cli.console import TerminalObserver, print_json, stdout
+from edgekit.compress.quantize import QUANTIZERS
+from edgekit.convert import EDGES, SUFFIX, Edge, missing_extra, tool_versions
+from edgekit.device import probe_engine, this_machine
+from edgekit.errors import EdgeKitError
+from edgekit_runtime.engines import ENGINES, engine_version
+from edgekit_runtime.probe import ONNX_MODEL
+
+__all__ = ["doctor"]
+
+
+def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Check which engines and converters really work here: each runs one operator.
+
+    Parameters
+    ----------
+    json
+        One JSON object on stdout (schema edgekit.doctor/1).
+    """
+    with TerminalObserver() as observer, ThreadPoolExecutor(max_workers=2) as pool:
+        observer.phase("running one operator through each engine and converter")
+        engines = list(pool.map(_engine, ENGINES))
+        converters = list(pool.map(_converter, EDGES))
+    document = {
+        "schema": "edgekit.doctor/1",
+        "edgekit": __version__,
+        "machine": this_machine().model_dump(by_alias=True),
+        "engines": engines,
+        "converters": converters,
+        "quantizers": [_quantizer(fmt) for fmt in QUANTIZERS],
+        "warnings": _warnings(),
+    }
+    if json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+def _engine(name: str) -> dict[str, Any]:
+    fault = probe_engine(name)
+    return {
+        "name": name, "version": engine_version(name), "ok": fault is None, "detail": fault or ""
+    }  # fmt: skip
+
+
+def _converter(edge: Edge) -> dict[str, Any]:
+    name = f"{edge.source} -> {edge.target} ({edge.distributions[0]})"
+    missing = missing_extra(edge)
+    version = tool_versions(edge.distributions)[edge.distributions[0]]
+    fault = f"{missing} is not installed; pip install -e '.[{edge.extra}]'" if missing else ""
+    if not fault:
+        fault = _convert_one_operator(edge)
+    return {"name": name, "version": version, "ok": not fault, "detail": fault}
+
+
+def _convert_one_operator(edge: Edge) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.onnx"
+        source.write_bytes(ONNX_MODEL)
+        target = Path(folder) / f"out{SUFFIX[edge.target]}"
+        try:
+            sandbox.call(
+                edge.function,
+                {"source": [str(source)], "target": str(target)},
+                limits=sandbox.Limits(timeout_s=120),
+                what="converting one operator",
+            )
+        except EdgeKitError as error:
+            return str(error)
+        return "" if target.exists() else "wrote nothing"
+
+
+def _quantizer(fmt: str) -> dict[str, Any]:
+    _, module, extra, distributions = QUANTIZERS[fmt]
+    missing = util.find_spec(module) is None
+    return {
+        "name": f"{fmt} ({distributions[0]})",
+        "version": tool_versions(distributions)[distributions[0]],
+        "ok": not missing,
+        "detail": f"{module} is not installed; pip install -e '.[{extra}]'" if missing else "",
+    }
+
+
+def _warnings() -> list[str]:
+    def installed(name: str) -> bool:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return False
+        return True
+
+    if installed("edgekit-sdk") and installed("edgekit-runtime"):
+        return [
+            "edgekit-sdk and edgekit-runtime are both installed and own the same files: "
+            "pip uninstall edgekit-runtime, then reinstall edgekit-sdk"
+        ]
+    return []
+
+
+def _show(document: dict[str, Any]) -> None:
+    table = Table(box=None)
+    for column in ("", "version", "works", ""):
+        table.add_column(column, overflow="fold")
+    for kind in ("engines", "converters", "quantizers"):
+        table.add_row(f"[bold]{kind}[/bold]")
+        for row in document[kind]:
+            works = "yes" if row["ok"] else "no"
+            if kind == "quantizers" and row["ok"]:
+                works = "installed"
+            table.add_row(
+                f"  {row['name']}", row["version"] or "-", works, row["detail"][:200],
+                style="" if row["ok"] else "dim",
+            )  # fmt: skip
+    stdout.print(table)
+    machine = document["machine"]
+    stdout.print(f"\n{machine['name']}: {machine['arch']}, {machine['cpu']['cores']} cores")
+    for text in document["warnings"]:
+        stdout.print(f"[yellow]warning:[/yellow] {text}")

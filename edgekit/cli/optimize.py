@@ -1,0 +1,157 @@
+"""`edgekit optimize`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from edgekit.cli.console import TerminalObserver, print_json, size, stderr, stdout, times
+from edgekit.errors import UsageError
+from edgekit.optimize import Request
+from edgekit.optimize import optimize as run_optimize
+
+__all__ = ["optimize"]
+
+
+def optimize(
+    model: Path,
+    /,
+    *,
+    for_: Annotated[str, Parameter(name="--for")],
+    data: str,
+    calibration: str | None = None,
+    metric: str | None = None,
+    max_drop: float = 0.01,
+    minimize: Literal["latency", "size"] = "latency",
+    on: str = "local",
+    budget: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("out"),
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Find the fastest variant of a model within an accuracy budget, and bundle it.
+
+    Every candidate (engine x precision) is built, evaluated on your data against the model as it
+    came, and measured, interleaved with the others. What loses too much accuracy, or is neither
+    faster nor smaller, is dropped with its reason. The choice is confirmed once on samples that
+    nothing was decided on. A killed run resumes; Ctrl-C returns the best so far.
+
+    Writes model.edgekit, report.html and result.json into the folder given with -o.
+
+    Parameters
+    ----------
+    model
+        The trained model: .onnx, .tflite or OpenVINO .xml.
+    for_
+        A device profile (see `edgekit devices list`), or a .toml file.
+    data
+        Labelled samples: an .npz with arrays named like the model's inputs and 'labels', or
+        module.py:function yielding (inputs, label).
+    calibration
+        Samples for int8 calibration; taken from the data otherwise.
+    metric
+        top1 (default with labels), top5, accuracy, precision, recall, f1, auc, mae, rmse, cosine
+        (against the model as it came; default without labels), or module.py:function.
+    max_drop
+        How much may be lost, in the metric's own units (0.01: one point of accuracy).
+    minimize
+        What to minimize within the accuracy budget.
+    on
+        Where to measure: local.
+    budget
+        Time for everything: 90s, 10m, 1h. The best found by then is returned.
+    threads
+        Threads for every engine; the profile's number otherwise.
+    seed
+        For the split of the data and the order of measuring.
+    out
+        Folder for the results.
+    json
+        One JSON object on stdout (schema edgekit.optimize/1); progress stays on stderr.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; wanted at least 1")
+    request = Request(
+        model, for_, data, out, calibration=calibration, metric=metric, max_drop=max_drop,
+        minimize=minimize, target=on, budget_s=_seconds(budget), threads=threads, seed=seed,
+        command=shlex.join(["edgekit", *sys.argv[1:]]),
+    )  # fmt: skip
+    with TerminalObserver() as observer:
+        document = run_optimize(request, observer)
+    if json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"--budget is {text!r}; wanted a time such as 90s, 10m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+
+
+def _show(document: dict[str, Any]) -> None:
+    rank = {"chosen": 0, "kept": 1, "dropped": 2, "failed": 3, "skipped": 4}
+    rows = sorted(
+        document["candidates"],
+        key=lambda c: (rank[c["status"]], (c["latency_ratio"] or [9e9])[0]),
+    )
+    table = Table(title="\nCandidates, best first", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("candidate", no_wrap=True)
+    for name in (document["metric"], "p50", "x fp32", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        ratio = f"{row['latency_ratio'][0]:.2f}" if row["latency_ratio"] else "-"
+        figure = "-" if row["metric"] is None else f"{row['metric']:.4f}"
+        colour = {"chosen": "bold green", "kept": "", "dropped": "red"}.get(row["status"], "dim")
+        table.add_row(
+            row["id"], figure, times(row["latency_ns"]), ratio, size(row["size_bytes"]),
+            row["status"], style=colour,
+        )  # fmt: skip
+    stdout.print(table)
+    _show_reasons(rows)
+    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
+    stdout.print(f"\nmeasured on {where}, {document['threads']} threads, interleaved", markup=False)
+    _show_confirmation(document)
+    stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
+    stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
+    if document["incomplete"]:
+        stderr.print(f"[yellow]incomplete:[/yellow] {'; '.join(document['notes'])}")
+
+
+def _show_reasons(rows: list[dict[str, Any]]) -> None:
+    """Why candidates are out; those out for one and the same reason on one line."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] in ("dropped", "failed", "skipped"):
+            reasons.setdefault((row["status"], row["reason"]), []).append(row["id"])
+    for (status, reason), names in reasons.items():
+        text = reason if len(reason) <= 200 else reason[:197] + "..."
+        stdout.print(f"{status}: {', '.join(names)}: {text}", markup=False)
+
+
+def _show_confirmation(document: dict[str, Any]) -> None:
+    confirmed = document["confirmation"]
+    if not confirmed:
+        stdout.print("not confirmed on untouched samples")
+        return
+    interval = confirmed["drop_interval"]
+    span = f", 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+    stdout.print(
+        f"confirmed on {confirmed['samples']} untouched samples: {document['metric']} "
+        f"{confirmed['reference_metric']:.4f} -> {confirmed['metric']:.4f} "
+        f"(drop {confirmed['drop']:+.4f}{span}; allowed {document['max_drop']:g})",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""What became of each candidate, and the result document (`edgekit.optimize/1`) made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from edgekit.artifact import Artifact
+from edgekit.data import Split
+from edgekit.measure.benchmark import Measurement
+from edgekit.measure.statistics import ratio_interval
+from edgekit.plan import Candidate
+
+__all__ = ["SCHEMA", "Row", "data_facts", "describe", "model_facts"]
+
+SCHEMA = "edgekit.optimize/1"
+
+
+@dataclass
+class Row:
+    """What is known of one candidate so far. `evaluation` is what `evaluate` returned.
+
+    status: planned, then chosen, kept, dropped, failed or skipped.
+    """
+
+    candidate: Candidate
+    status: str = "planned"
+    reason: str = ""
+    artifact: Artifact | None = None
+    build_s: float = 0.0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    measurement: Measurement | None = None
+
+    def end(self, status: str, reason: str) -> None:
+        """Settle the candidate's fate."""
+        self.status, self.reason = status, reason
+
+    def ratio_to(self, other: Row) -> list[float | None] | None:
+        """Latency ratio `[median, low, high]` (95 %); None where there is nothing to compare,
+        null bounds where there were too few rounds for an interval."""
+        if not (self.measurement and self.measurement.rounds_ns and other.measurement):
+            return None
+        found = ratio_interval(self.measurement.medians_ns, other.measurement.medians_ns)
+        return [value if isfinite(value) else None for value in found]
+
+
+def describe(row: Row, reference: Row) -> dict[str, Any]:
+    """A candidate's entry in the document."""
+    candidate, measured = row.candidate, row.measurement
+    return {
+        "id": candidate.id,
+        "engine": candidate.engine,
+        "engine_version": measured.engine_version if measured else None,
+        "format": candidate.format,
+        "scheme": str(candidate.scheme),
+        "threads": candidate.threads,
+        "status": row.status,
+        "reason": row.reason,
+        "metric": row.evaluation.get("metric"),
+        "metric_drop": row.evaluation.get("drop", 0.0 if row.evaluation else None),
+        "metric_drop_interval": row.evaluation.get("drop_interval"),
+        "samples": row.evaluation.get("samples"),
+        "cosine": row.evaluation.get("cosine"),
+        "latency_ns": measured.latency() if measured else None,
+        "latency_ratio": row.ratio_to(reference),
+        "first_run_ns": measured.first_run_ns if measured else None,
+        "peak_rss_bytes": measured.peak_rss_bytes if measured else None,
+        "placement": measured.placement if measured else None,
+        "size_bytes": row.artifact.size_bytes if row.artifact else None,
+        "build_s": round(row.build_s, 3),
+    }
+
+
+def model_facts(path: str, source: Artifact) -> dict[str, Any]:
+    """The model as it came."""
+    return {
+        "path": path,
+        "sha256": source.sha256,
+        "format": source.format,
+        "size_bytes": source.size_bytes,
+        "inputs": [str(spec) for spec in source.inputs],
+        "outputs": [str(spec) for spec in source.outputs],
+    }
+
+
+def data_facts(source: str, sha256: str, samples: int, split: Split) -> dict[str, Any]:
+    """The data and how it was parted."""
+    return {
+        "source": source,
+        "sha256": sha256,
+        "samples": samples,
+        "calibration": len(split.calibration),
+        "calibration_source": split.calibration_data.source,
+        "selection": len(split.selection),
+        "confirmation": len(split.confirmation),
+    }

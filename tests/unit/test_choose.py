@@ -1,0 +1,65 @@
+"""The never-worse rule and ties."""
+
+import numpy as np
+import pytest
+
+from edgekit.choose import Entrant, over_budget, rank
+from edgekit.measure.benchmark import Measurement
+
+
+def entrant(name: str, size: int, ms: float, *, jitter: float = 0.01, rounds: int = 12) -> Entrant:
+    rng = np.random.default_rng(len(name))
+    blocks = [[int(1e6 * ms * f)] * 3 for f in rng.normal(1.0, jitter, rounds)]
+    return Entrant(name, size, Measurement(rounds_ns=blocks))
+
+
+REFERENCE = entrant("fp32", 1000, 10.0)
+
+
+def test_fastest_wins_and_order_follows() -> None:
+    fast, faster = entrant("fast", 900, 7.0), entrant("faster", 900, 5.0)
+    choice = rank([REFERENCE, fast, faster], REFERENCE, "latency")
+    assert choice.order == ("faster", "fast", "fp32")
+    assert not choice.dropped
+    assert choice.why.startswith("0.5")
+
+
+def test_neither_faster_nor_smaller_is_dropped_with_its_figures() -> None:
+    choice = rank([REFERENCE, entrant("bad", 1000, 12.0)], REFERENCE, "latency")
+    assert choice.order == ("fp32",)
+    assert choice.dropped["bad"].startswith("neither faster (1.2")
+    assert "nothing" in choice.why
+
+
+def test_slower_but_smaller_is_kept_not_chosen_for_latency_chosen_for_size() -> None:
+    small = entrant("small", 100, 20.0)
+    assert rank([REFERENCE, small], REFERENCE, "latency").order[0] == "fp32"
+    assert rank([REFERENCE, small], REFERENCE, "size").order[0] == "small"
+
+
+def test_differences_inside_the_noise_do_not_decide_the_smaller_wins() -> None:
+    large = entrant("large", 800, 5.0, jitter=0.1)
+    small = entrant("small-one", 300, 5.02, jitter=0.1)
+    choice = rank([REFERENCE, large, small], REFERENCE, "latency")
+    assert choice.order[0] == "small-one"
+
+
+def test_clear_difference_beats_size() -> None:
+    large, small = entrant("large", 800, 5.0), entrant("small-one", 300, 6.0)
+    assert rank([REFERENCE, large, small], REFERENCE, "latency").order[0] == "large"
+
+
+def test_too_few_rounds_never_call_a_slow_small_candidate_level() -> None:
+    few = [
+        entrant("fp32", 1000, 10.0, rounds=3),
+        entrant("slow", 100, 40.0, rounds=3),
+    ]
+    assert rank(few, few[0], "latency").order[0] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("drop", "broken", "out"),
+    [(0.01, 0, False), (0.0100001, 0, True), (-0.5, 0, False), (0.0, 1, True), (np.nan, 0, True)],
+)
+def test_accuracy_budget(drop: float, broken: int, out: bool) -> None:
+    assert (over_budget(drop, 0.01, broken, 100) is not None) is out
