@@ -380,7 +380,7 @@ class _Run:
             if row is chosen:
                 row.end("chosen", choice.why if row.candidate.id == choice.order[0] else "")
             elif row.status == "planned":
-                row.end("kept", _why_kept(row, chosen))
+                row.end("kept", _why_kept(row, chosen, rows[0]))
         return choice, chosen, confirmation
 
     def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:
@@ -489,7 +489,9 @@ class _Run:
             "max_drop": request.max_drop,
             "minimize": request.minimize,
             "threads": self.threads,
-            "data": data_facts(request.data, self.data.sha256, self.data.count, self.split),
+            "seed": request.seed,
+            "budget_s": request.budget_s,
+            "data": data_facts(self.data, self.split),
             "reference": described[0],
             "candidates": described,
             "chosen": chosen.candidate.id,
@@ -524,9 +526,14 @@ class _Run:
         return None if budget is None else self.started + share * budget
 
 
-def _why_kept(row: Row, chosen: Row) -> str:
-    ratio = row.ratio_to(chosen)
-    return f"good, but {ratio[0]:.2f}x the latency of the chosen one" if ratio else ""
+def _why_kept(row: Row, chosen: Row, reference: Row) -> str:
+    ratio, slower = row.ratio_to(chosen), row.ratio_to(reference)
+    if ratio is None or slower is None:
+        return ""
+    low = slower[1]
+    if low is not None and low > 1.0:
+        return f"smaller, but {slower[0]:.2f}x the latency of fp32"
+    return f"good, but {ratio[0]:.2f}x the latency of the chosen one"
 
 
 _SPENT = "the budget was spent before it was done"

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from edgekit.artifact import Artifact
-from edgekit.data import Split
+from edgekit.data import Dataset, Split
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import ratio_interval
 from edgekit.plan import Candidate
@@ -84,14 +84,15 @@ def model_facts(path: str, source: Artifact) -> dict[str, Any]:
     }
 
 
-def data_facts(source: str, sha256: str, samples: int, split: Split) -> dict[str, Any]:
+def data_facts(data: Dataset, split: Split) -> dict[str, Any]:
     """The data and how it was parted."""
     return {
-        "source": source,
-        "sha256": sha256,
-        "samples": samples,
+        "source": data.source,
+        "sha256": data.sha256,
+        "samples": data.count,
         "calibration": len(split.calibration),
         "calibration_source": split.calibration_data.source,
+        "calibration_sha256": split.calibration_data.sha256,
         "selection": len(split.selection),
         "confirmation": len(split.confirmation),
     }

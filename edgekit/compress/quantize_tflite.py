@@ -59,6 +59,19 @@ def _add_recipe(tool: Any, scheme: Scheme) -> None:
                 regex=".*", operation_name=operator, activation_num_bits=8, weight_num_bits=8,
                 weight_granularity=granularity,
             )  # fmt: skip
+    # The model keeps the inputs and outputs its users feed and read.
+    _keep_float(tool, (names.INPUT, names.OUTPUT))
+
+
+def _keep_float(tool: Any, operators: tuple[Any, ...]) -> None:
+    from litert_quantizer import algorithm_manager
+
+    for operator in operators:
+        tool.update_quantization_recipe(
+            ".*",
+            operator,
+            algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE,
+        )
 
 
 def _signature(model: str) -> str:

@@ -276,13 +276,15 @@ def _confirmation(document: _Document, scale: Scale) -> tuple[_Markup, ...]:
         )
         return (_element("p", text, class_="warning"),)
     tries = found["tries"]
-    earlier = f"; {count_text(tries - 1, 'better one')} failed here before" if tries > 1 else ""
+    use = "none of them used before"
+    if tries > 1:  # each try looks at the same samples: the more tries, the less they prove
+        use = f"used before only to reject {count_text(tries - 1, 'better candidate')}"
     drop, interval = scale.drop(found["drop"]), scale.interval(found["drop_interval"])
     facts = (
         (f"{scale.name}, reference", scale.value(found["reference_metric"])),
         (f"{scale.name}, chosen", scale.value(found["metric"])),
         (scale.drop_name, f"{drop} ({interval})" if interval else drop),
-        ("samples", f"{found['samples']}, none of them used before{earlier}"),
+        ("samples", f"{found['samples']}, {use}"),
     )
     style = "warning" if found["reason"] else "verdict"
     return _element("p", _verdict(document, scale, found), class_=style), _facts(

@@ -31,6 +31,7 @@ __all__ = ["SCHEMA", "FileEntry", "Golden", "Manifest", "TensorSpec", "Tolerance
 SCHEMA = "edgekit.bundle/1"
 
 Dim = Union[int, str]
+_MAX_DEPTH = 64  # of free-form values; Python gives up somewhere between 200 and 10,000
 #: what a terminal would act on, and halves of characters that cannot be printed
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -274,6 +275,7 @@ def _decode(wanted: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         return _decode_dataclass(wanted, value, where)
     if wanted is Any:
+        _check_depth(value, where)
         return value
     origin, args = get_origin(wanted), get_args(wanted)
     if origin is Union:
@@ -304,6 +306,17 @@ def _decode_union(options: Tuple[Any, ...], value: Any, where: str) -> Any:
             return value
     names = " or ".join(_type_name(kind) for kind in kinds)
     raise BundleError(f"{where} is {json.dumps(value)[:60]}, wanted {names}")
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Refuse what later could not be walked, written or shown."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nested = [one for one in level if isinstance(one, (dict, list))]
+        level = [x for one in nested for x in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return
+    raise BundleError(f"{where} is nested more than {_MAX_DEPTH} deep")
 
 
 def _fits(wanted: Any, value: Any) -> bool:

@@ -314,7 +314,7 @@ def test_notes_and_incompleteness_are_up_front(document: dict[str, Any]) -> None
         ({"drop_interval": [0.0, 0.02]}, "do not rule out more: the interval reaches 2.00 points"),
         ({"drop_interval": None}, "too few samples for an interval"),
         ({"reason": "loses 0.0300"}, "Not within the budget: loses 0.0300."),
-        ({"tries": 3}, "2 better ones failed here before"),
+        ({"tries": 3}, "400, used before only to reject 2 better candidates"),
     ],
 )
 def test_the_confirmation_says_what_is_not_ruled_out(

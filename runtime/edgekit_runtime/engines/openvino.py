@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class _Loaded(Loaded):
         self.outputs = tuple(_spec(port) for port in model.outputs)
         self._static: Optional[Tuple[Shapes, Any]] = None
         self._dynamic: Optional[Any] = None
+        self._sound: Set[Shapes] = set()
 
     def bind(self, shapes: Shapes) -> Binding:
         return _Binding(self._compiled(shapes), self.inputs, shapes)
@@ -66,16 +67,25 @@ class _Loaded(Loaded):
         """Compiled for fixed shapes, which is faster, for the first shapes; for all others
         compiled once with free shapes."""
         if self._static is None:
-            model = self._model
-            if any(port.partial_shape.is_dynamic for port in model.inputs):
-                model = model.clone()
-                model.reshape({port: list(s) for port, s in zip(model.inputs, shapes)})
+            model = self._shaped(shapes)
             self._static = (shapes, self._core.compile_model(model, "CPU", self._config))
         if self._static[0] == shapes:
             return self._static[1]
+        # Compiled with free shapes, the CPU plugin gives nonsense for shapes the model cannot
+        # compute (2026.4: Reshape of 12 elements to 4); shape inference refuses them.
+        if shapes not in self._sound:
+            self._shaped(shapes)
+            self._sound.add(shapes)
         if self._dynamic is None:
             self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
         return self._dynamic
+
+    def _shaped(self, shapes: Shapes) -> Any:
+        model = self._model
+        if any(port.partial_shape.is_dynamic for port in model.inputs):
+            model = model.clone()
+            model.reshape({port: list(s) for port, s in zip(model.inputs, shapes)})
+        return model
 
     def placement(self) -> Placement:
         if self._static is None and self._dynamic is None:

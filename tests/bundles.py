@@ -1,0 +1,68 @@
+"""Makes bundles by hand, good and bad ones, without the host's writer."""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgekit_runtime.bundle import MANIFEST, archive_entry
+from edgekit_runtime.manifest import (
+    SCHEMA,
+    FileEntry,
+    Golden,
+    Manifest,
+    TensorSpec,
+    Tolerance,
+    Variant,
+)
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def listed(contents: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
+    return tuple(
+        FileEntry(path, hashlib.sha256(data).hexdigest(), len(data))
+        for path, data in contents.items()
+    )
+
+
+def make_variant(**changes: Any) -> Variant:
+    fields: dict[str, Any] = {
+        "id": "a", "engine": "onnxruntime", "format": "onnx", "files": ("a/model.onnx",),
+        "scheme": "fp32", "threads": 1, "precision": "float32", "input_names": ("x",),
+        "output_names": ("y",), "placement": {"CPU": 1.0},
+        "golden": Golden("a/in.npz", "a/out.npz", 2, {"y": Tolerance(1e-5, 1e-5)}),
+    }  # fmt: skip
+    return Variant(**(fields | changes))
+
+
+def make_manifest(contents: Mapping[str, bytes], **changes: Any) -> Manifest:
+    """A manifest that fits `contents` (in that order), of one variant unless told otherwise."""
+    fields: dict[str, Any] = {
+        "schema": SCHEMA, "bundle_id": "0" * 32, "sequence": 1, "name": "small",
+        "created": "2026-01-01T00:00:00+00:00", "profiles": ("this-machine",),
+        "inputs": (TensorSpec("x", "float32", ("N", 4)),),
+        "outputs": (TensorSpec("y", "float32", ("N", 3)),),
+        "variants": (make_variant(),), "files": listed(contents),
+    }  # fmt: skip
+    return Manifest(**(fields | changes))
+
+
+def archive(entries: list[tuple[str, bytes]]) -> bytes:
+    """A canonical archive with these entries in this order, whatever they say."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as opened:
+        for path, data in entries:
+            opened.writestr(archive_entry(path, len(data)), data)
+    return out.getvalue()
+
+
+def bundle(manifest: Manifest, contents: Mapping[str, bytes]) -> bytes:
+    return archive([(MANIFEST, manifest.to_json().encode()), *contents.items()])

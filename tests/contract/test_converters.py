@@ -1,0 +1,66 @@
+"""One suite for every conversion: the same numbers come out, under the same names."""
+
+import numpy as np
+import pytest
+from cnn import cnn_scores, small_cnn
+
+from edgekit.artifact import open_model
+from edgekit.cache import Cache
+from edgekit.convert import convert
+from edgekit.errors import EdgeKitError
+from edgekit_runtime import load
+
+TARGETS = [
+    pytest.param("onnx", marks=pytest.mark.needs("onnxruntime")),
+    pytest.param("openvino", marks=pytest.mark.needs("openvino")),
+    pytest.param("tflite", marks=[pytest.mark.needs("onnx2tf"), pytest.mark.needs("tensorflow")]),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("constants", [False, True])
+def test_outputs_and_names_stay(target, constants, tmp_path, cache) -> None:
+    source = open_model(small_cnn(tmp_path / "cnn.onnx", constants=constants))
+    made = convert(source, target, cache=cache)
+    assert [s.name for s in made.inputs] == ["image"]
+    assert [s.name for s in made.outputs] == ["scores"]
+    images = np.random.default_rng(0).normal(size=(1, 1, 12, 12)).astype(np.float32)
+    with load(made.path) as session:
+        found = session.run({"image": images})["scores"]
+    np.testing.assert_allclose(found, cnn_scores(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS[1:])
+def test_second_conversion_comes_from_the_cache(target, tmp_path, cache, monkeypatch) -> None:
+    source = open_model(small_cnn(tmp_path / "cnn.onnx"))
+    first = convert(source, target, cache=cache)
+    monkeypatch.setattr(
+        "edgekit.sandbox.call",
+        lambda target, *_, **__: pytest.fail(target) if "converters" in target else SPECS,
+    )
+    assert convert(source, target, cache=cache).sha256 == first.sha256
+
+
+SPECS: dict[str, list[object]] = {"inputs": [], "outputs": []}
+
+
+@pytest.mark.parametrize("target", TARGETS[1:])
+def test_damaged_model_is_one_clear_error(target, tmp_path, cache) -> None:
+    path = small_cnn(tmp_path / "cnn.onnx")
+    whole = open_model(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(EdgeKitError) as caught:
+        convert(whole, target, cache=Cache(tmp_path / "empty"))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_path_is_said(tmp_path, cache) -> None:
+    source = open_model(small_cnn(tmp_path / "cnn.onnx"))
+    ir = convert(source, "openvino", cache=cache)
+    with pytest.raises(EdgeKitError, match="no way from OpenVINO IR to ONNX"):
+        convert(ir, "onnx", cache=cache)
