@@ -13,17 +13,23 @@ from edgekit.data import Dataset
 from edgekit.sandbox import report_progress
 from edgekit_runtime.session import load
 
-__all__ = ["calibration_samples"]
+__all__ = ["CalibrationSamples"]
 
 
-def calibration_samples(
-    model: str, data: dict[str, str], indices: str
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """One sample after the other, shaped as the model's inputs want it."""
-    dataset = Dataset(Path(data["folder"]), data["sha256"], data["source"])
-    chosen = np.load(indices)
-    with load(model) as session:
-        specs = session.inputs
-    for done, index in enumerate(chosen):
-        yield dataset.sample(int(index), specs)
-        report_progress(done + 1, len(chosen))
+class CalibrationSamples:
+    """One sample after the other, shaped as the model's inputs want it; may be gone through
+    again, since quantizers that take several passes do."""
+
+    def __init__(self, model: str, data: dict[str, str], indices: str) -> None:
+        self._data = Dataset(Path(data["folder"]), data["sha256"], data["source"])
+        self._indices = np.load(indices)
+        with load(model) as session:
+            self._specs = session.inputs
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        for done, index in enumerate(self._indices):
+            yield self._data.sample(int(index), self._specs)
+            report_progress(done + 1, len(self._indices))

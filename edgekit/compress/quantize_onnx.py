@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.compress.calibration import calibration_samples
+from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.scheme import Scheme
 from edgekit.errors import ModelError, one_line, require
 
@@ -42,7 +42,7 @@ def quantize_onnx(
             if wanted.kind == "int8-dynamic":
                 tools.quantize_dynamic(prepared, target, **settings)
             else:
-                samples = calibration_samples(source[0], data, indices)
+                samples = iter(CalibrationSamples(source[0], data, indices))
                 tools.quantize_static(
                     prepared, target, _reader(tools, samples),
                     activation_type=tools.QuantType.QUInt8,

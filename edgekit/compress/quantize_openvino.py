@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgekit.compress.calibration import calibration_samples
+from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.scheme import Scheme
 from edgekit.errors import ModelError, one_line, require
 
@@ -33,7 +33,7 @@ def quantize_openvino(
         if wanted.kind == "int8-dynamic":
             done = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
         else:
-            done = _static(ov, nncf, model, wanted, calibration_samples(source[0], data, indices))
+            done = _static(ov, nncf, model, wanted, CalibrationSamples(source[0], data, indices))
     except Exception as error:
         raise ModelError(f"NNCF cannot quantize the model: {one_line(error)}") from error
     kinds = {op.get_type_name() for op in done.get_ops()}
@@ -60,11 +60,10 @@ def _static(ov: Any, nncf: Any, model: Any, scheme: Scheme, samples: Any) -> Any
     if scheme.operators != "all":
         kinds = {op.get_type_name() for op in model.get_ops()} - _COMPUTE - _STRUCTURE
         ignored = nncf.IgnoredScope(types=sorted(kinds), validate=False)
-    rows = list(samples)
     return nncf.quantize(
         model,
-        nncf.Dataset(rows),
-        subset_size=len(rows),
+        nncf.Dataset(samples),
+        subset_size=len(samples),
         ignored_scope=ignored,
         advanced_parameters=advanced,
     )

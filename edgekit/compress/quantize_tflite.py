@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgekit.compress.calibration import calibration_samples
+from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.scheme import Scheme
 from edgekit.errors import ModelError, one_line, require
 
@@ -29,8 +29,8 @@ def quantize_tflite(
         _add_recipe(tool, wanted)
         results = None
         if tool.need_calibration:
-            samples = calibration_samples(source[0], data, indices)
-            results = tool.calibrate({_signature(source[0]): list(samples)}, num_threads=1)
+            samples = CalibrationSamples(source[0], data, indices)
+            results = _calibrate(tool, source[0], samples)
         quantized = tool.quantize(results)
     except Exception as error:
         raise ModelError(
@@ -74,10 +74,26 @@ def _keep_float(tool: Any, operators: tuple[Any, ...]) -> None:
         )
 
 
-def _signature(model: str) -> str:
+def _calibrate(tool: Any, model: str, samples: Any) -> Any:
+    """Ranges from the least and the greatest value seen.
+
+    The tool's own `calibrate` keeps a moving average of each sample's range, which clips what
+    only some samples reach.
+    """
+    from litert_quantizer import calibrator, recipe_manager
+    from litert_quantizer.utils import qsv_utils
+
+    recipe = recipe_manager.RecipeManager()
+    recipe.load_quantization_recipe(tool.get_quantization_recipe())
+    watcher = calibrator.Calibrator(model, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+    watcher.calibrate({_signature(model): samples}, recipe)
+    return watcher.get_model_qsvs()
+
+
+def _signature(model: str) -> str | None:
     from ai_edge_litert.interpreter import Interpreter
 
     listed = list(Interpreter(model_path=model).get_signature_list())
-    if len(listed) != 1:
-        raise ModelError(f"the model has {len(listed)} signatures, one is needed to calibrate")
-    return str(listed[0])
+    if len(listed) > 1:
+        raise ModelError(f"the model has {len(listed)} signatures: {', '.join(listed)}; wanted one")
+    return str(listed[0]) if listed else None

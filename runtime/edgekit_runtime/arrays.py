@@ -20,14 +20,21 @@ def read_npz(source: Union[Path, IO[bytes]]) -> Dict[str, np.ndarray]:
         InputError: it is missing, damaged, not an `.npz`, or holds Python objects.
     """
     try:
-        opened = np.load(source, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            raise InputError("it is one .npy array without a name; wanted an .npz")
-        with opened as archive:
-            return {name: archive[name] for name in archive.files}
+        if isinstance(source, Path):
+            with source.open("rb") as file:  # numpy forgets to close what it cannot read
+                return _read(file)
+        return _read(source)
     except Exception as error:  # numpy lets through what zipfile, zlib and tokenize raise
         what = source if isinstance(source, Path) else "the .npz"
         raise InputError(f"cannot read {what}: {one_line(error)}") from None
+
+
+def _read(file: IO[bytes]) -> Dict[str, np.ndarray]:
+    opened = np.load(file, allow_pickle=False)
+    if isinstance(opened, np.ndarray):
+        raise InputError("it is one .npy array without a name; wanted an .npz")
+    with opened as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

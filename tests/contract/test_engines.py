@@ -194,9 +194,7 @@ X = noise(2, 4)
         "list-of-arrays", "no-dict", "string",
     ],
 )  # fmt: skip
-def test_unfit_inputs_are_explained(
-    session: Session, inputs: Any, found: str, wanted: str
-) -> None:
+def test_unfit_inputs_are_explained(session: Session, inputs: Any, found: str, wanted: str) -> None:
     for warm in (False, True):
         if warm:  # the short way must refuse the same things
             assert_linear(session.run({"x": X})["y"], X)

@@ -232,7 +232,9 @@ def test_a_name_cut_by_nul_is_refused(refused: Callable[..., str]) -> None:
     refused(good[:end] + good[end:].replace(b"b", b"\0"))
 
 
-@pytest.mark.parametrize("name", ["a", "a/b", "variants/x-1/model_2.onnx", "A+b-c_d/e.f", "x" * 255])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", "variants/x-1/model_2.onnx", "A+b-c_d/e.f", "x" * 255]
+)
 def test_plain_names_are_fine(name: str) -> None:
     assert safe_path(name)
 
@@ -243,7 +245,7 @@ def test_safe_paths_stay_inside(text: str) -> None:
     if safe_path(text):
         parts = text.split("/")
         assert text.isascii()
-        assert not os.path.isabs(text)
+        assert not text.startswith("/")
         assert not {"", ".", ".."} & set(parts)
         assert os.path.normpath(text) == text
 

@@ -51,9 +51,10 @@ class _Binding(Binding):
 def numpy_session(
     compute: Compute = lambda x: x @ WEIGHTS,
     *,
-    x: TensorSpec = TensorSpec("x", "float32", ("N", 2)),
+    shape: tuple[int | str, ...] = ("N", 2),
     dtype: str = "float32",
 ) -> Session:
+    x = TensorSpec("x", "float32", shape)
     y = TensorSpec("y", dtype, ("a", "b"))
     return Session(NumpyEngine(compute, x, y), (x,), (y,))
 
@@ -98,7 +99,9 @@ def test_what_is_not_finite_fails_on_either_side(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [Y[:, :1], Y[..., :2], Y.reshape(3, 3, 2), Y[..., None], Y[:, 0]], ids=lambda y: y.shape
+    "wanted",
+    [Y[:, :1], Y[..., :2], Y.reshape(3, 3, 2), Y[..., None], Y[:, 0]],
+    ids=lambda y: y.shape,
 )
 def test_other_shapes_fail(wanted: np.ndarray) -> None:
     (result,) = compare(numpy_session(), {"x": X}, {"y": wanted}, {"y": Tolerance(1e9, 1e9)})
@@ -144,9 +147,7 @@ def test_tolerance_edges(got: float, wanted: float, atol: float, rtol: float, ok
 
 
 def test_scalar_inputs_are_samples_too() -> None:
-    session = numpy_session(
-        lambda x: np.full((1, 1), 2 * x, np.float32), x=TensorSpec("x", "float32", ())
-    )
+    session = numpy_session(lambda x: np.full((1, 1), 2 * x, np.float32), shape=())
     x = np.array([1, 2, 3], np.float32)
     (result,) = compare(session, {"x": x}, {"y": 2 * x.reshape(3, 1, 1)}, LOOSE)
     assert result.ok
