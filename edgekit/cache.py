@@ -17,18 +17,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import UsageError
+from edgekit.errors import OutOfSpaceError, UsageError
 
-__all__ = ["Cache", "content_key", "default_root", "file_sha256", "write_atomically"]
+__all__ = [
+    "Cache",
+    "Key",
+    "check_space",
+    "content_key",
+    "default_root",
+    "file_sha256",
+    "write_atomically",
+]
 
 _DONE = "entry.json"
 _STALE_S = 24 * 3600
 
 
-def content_key(**parts: Any) -> str:
+class Key(str):
+    """A hash that remembers what it was made from, for the entry to say."""
+
+    parts: dict[str, Any]
+
+
+def content_key(**parts: Any) -> Key:
     """A hash of named parts (JSON values); the order of the names does not matter."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    key = Key(hashlib.sha256(text.encode()).hexdigest())
+    key.parts = parts
+    return key
 
 
 def file_sha256(*paths: Path) -> str:
@@ -64,6 +80,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def check_space(folder: Path, *, least_bytes: int) -> None:
+    """Raise where a disk has less room than that.
+
+    Raises:
+        OutOfSpaceError: says which folder's disk, and what to do.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < least_bytes:
+        raise OutOfSpaceError(
+            f"the disk of {folder} is full ({free / 1e6:.1f} MB free); free some space, or point "
+            "-o and EDGEKIT_CACHE at another disk"
+        )
+
+
 class Cache:
     """A folder of entries. `folder(key, make)` returns one, made first if it is not there."""
 
@@ -78,7 +108,7 @@ class Cache:
                 "set EDGEKIT_CACHE to a folder you may write"
             ) from None
 
-    def get(self, key: str) -> Path | None:
+    def get(self, key: Key) -> Path | None:
         """The finished entry, or None. Damaged entries are removed and count as absent."""
         folder = self.root / key[:2] / key
         try:
@@ -94,7 +124,7 @@ class Cache:
             os.utime(folder)  # recently used: `trim` takes the others first
         return folder
 
-    def folder(self, key: str, make: Callable[[Path], None]) -> Path:
+    def folder(self, key: Key, make: Callable[[Path], None]) -> Path:
         """The entry's folder; `make(empty_folder)` fills a new one. Its errors pass through."""
         found = self.get(key)
         if found is not None:
@@ -103,11 +133,17 @@ class Cache:
         final.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=self.root, prefix=".making-"))
         try:
-            make(work)
+            try:
+                make(work)
+            except Exception:
+                # Libraries report a full disk in many ways: what they say is not the reason.
+                check_space(self.root, least_bytes=1 << 20)
+                raise
             sizes = {
                 str(p.relative_to(work)): p.stat().st_size for p in work.rglob("*") if p.is_file()
             }
-            write_atomically(work / _DONE, json.dumps({"files": sizes}).encode())
+            entry = {"files": sizes, "made_from": key.parts}
+            write_atomically(work / _DONE, json.dumps(entry).encode())
             with suppress(OSError):  # another process was first: its entry is as good
                 work.rename(final)
         finally:

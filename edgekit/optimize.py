@@ -6,9 +6,9 @@ measures. Ctrl-C or a spent budget ends the work early; what is known by then st
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edgekit import sandbox
 from edgekit.artifact import Artifact, TensorSpec, open_model
 from edgekit.bundle import VariantSource, write_bundle
-from edgekit.cache import Cache, content_key, write_atomically
+from edgekit.cache import Cache, Key, check_space, content_key, write_atomically
 from edgekit.choose import Aim, Choice, Entrant, over_budget, rank
 from edgekit.compress.quantize import quantize
 from edgekit.convert import convert, tool_versions
@@ -132,6 +132,7 @@ class _Run:
         self.profile = load_profile(request.profile)
         self.threads = request.threads or self.profile.threads
         _check_writable(request.out)
+        check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
         with self._phase("read the model and the data"):
             self.source = open_model(request.model)
             self.data = open_dataset(request.data, self.source.inputs, self.cache)
@@ -172,7 +173,7 @@ class _Run:
     def _build_all(self, rows: list[Row]) -> None:
         reference = rows[0]
         self._build(reference, None)
-        if self.cancel.is_set():
+        if self.cancel.is_set() and not reference.evaluation:
             raise InterruptedRunError("stopped before the reference was evaluated: no result")
         if reference.status == "failed":
             raise ModelError(f"the reference cannot be evaluated: {reference.reason}")
@@ -206,7 +207,6 @@ class _Run:
         except OutOfSpaceError:
             raise
         except EdgeKitError as error:
-            _check_space(self.cache.root)
             if self.cancel.is_set():
                 row.end("skipped", _STOPPED)
             elif deadline is not None and time.monotonic() > deadline:
@@ -297,7 +297,7 @@ class _Run:
 
     def _evaluation_key(
         self, artifact: Artifact, candidate: Candidate, samples: NDArray[np.int64]
-    ) -> str:
+    ) -> Key:
         engine = {"litert": "ai-edge-litert"}.get(candidate.engine, candidate.engine)
         metric: Any = self.metric
         if metric not in METRICS:  # the user's function: what it says, not what it is called
@@ -553,17 +553,9 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    _check_space(folder)
-
-
-def _check_space(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < _LEAST_FREE_BYTES:
-        raise OutOfSpaceError(
-            f"the disk of {folder} is full ({free / 1e6:.0f} MB free); free some space, or point "
-            "-o and EDGEKIT_CACHE at another disk"
-        )
+        if error.errno != errno.ENOSPC:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    check_space(folder, least_bytes=_LEAST_FREE_BYTES)
 
 
 @contextmanager

@@ -21,9 +21,11 @@ def from_onnx(source: list[str], target: str) -> None:
     weights = {tensor.name for tensor in graph.initializer}
     names = [value.name for value in graph.input if value.name not in weights]
     folder = Path(tempfile.mkdtemp(dir=Path(target).parent))
+    # It writes the names it makes up back into the file it is given: never the user's.
+    copy = shutil.copy(source[0], folder / "model.onnx")
     try:
         onnx2tf.convert(
-            input_onnx_file_path=source[0],
+            input_onnx_file_path=str(copy),
             output_folder_path=str(folder),
             batch_size=1,
             # Without this, inputs turn from NCHW to NHWC: other data than the user prepared.

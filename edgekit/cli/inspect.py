@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from edgekit.artifact import FORMAT_NAMES, open_model
 from edgekit.cli.console import print_json, size, stdout, times
@@ -80,7 +79,7 @@ def _show(document: dict[str, Any]) -> None:
             shape = ", ".join(map(str, spec["shape"]))
             stdout.print(f"{kind[:-1]:<7} {spec['name']}: {spec['dtype']} [{shape}]", markup=False)
     if document["kind"] == "bundle":
-        stdout.print(_variants(document))
+        _show_variants(document)
         for step in document["provenance"].get("steps", []):
             tools = ", ".join(f"{k} {v}" for k, v in step.get("tools", {}).items())
             stdout.print(
@@ -88,16 +87,13 @@ def _show(document: dict[str, Any]) -> None:
             )
 
 
-def _variants(document: dict[str, Any]) -> Table:
-    table = Table(box=None)
-    for column in ("variant", "engine", "scheme", "threads", "size", "p50 when made", "placement"):
-        table.add_column(column, overflow="fold")
+def _show_variants(document: dict[str, Any]) -> None:
     sizes = {entry["path"]: entry["size_bytes"] for entry in document["files"]}
     for one in document["variants"]:
-        table.add_row(
-            one["id"], one["engine"], one["scheme"], str(one["threads"]),
-            size(sum(sizes[path] for path in one["files"])),
-            times(one["expected"].get("latency_ns")),
-            ", ".join(f"{k} {100 * v:.0f} %" for k, v in one["placement"].items()),
+        files = sum(sizes[path] for path in one["files"])
+        placement = ", ".join(f"{100 * v:.0f} % {k}" for k, v in one["placement"].items())
+        stdout.print(
+            f"variant {one['id']}: {one['engine']}, {one['scheme']}, {one['threads']} threads, "
+            f"{size(files)}, {placement}, p50 {times(one['expected'].get('latency_ns'))} when made",
+            markup=False, soft_wrap=True,
         )  # fmt: skip
-    return table

@@ -25,8 +25,11 @@ def cache(tmp_path_factory) -> Cache:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("constants", [False, True])
 def test_outputs_and_names_stay(target, constants, tmp_path, cache) -> None:
-    source = open_model(small_cnn(tmp_path / "cnn.onnx", constants=constants))
+    path = small_cnn(tmp_path / "cnn.onnx", constants=constants)
+    before = path.read_bytes()
+    source = open_model(path)
     made = convert(source, target, cache=cache)
+    assert path.read_bytes() == before, "the user's file is never written"
     assert [s.name for s in made.inputs] == ["image"]
     assert [s.name for s in made.outputs] == ["scores"]
     images = np.random.default_rng(0).normal(size=(1, 1, 12, 12)).astype(np.float32)
