@@ -164,8 +164,7 @@ class Session:
         )
         self._output_names = tuple(spec.name for spec in ordered_outputs)
         self._bindings: OrderedDict[Shapes, Binding] = OrderedDict()
-        self._binding: Optional[Binding] = None
-        self._slots: Tuple[Tuple[str, np.ndarray, Tuple[int, ...], Any], ...] = ()
+        self._unbind()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Run once; the arrays returned are the caller's own.
@@ -177,20 +176,17 @@ class Session:
             EngineError: the engine failed, or the session is closed.
         """
         with self._lock:
-            slots = self._slots
             try:
-                for name, buffer, shape, dtype in slots:
-                    array = inputs[name]
-                    if array.dtype is not dtype or array.shape != shape:
-                        break
-                    buffer[...] = array
-                else:
-                    if slots and len(inputs) == len(slots):
-                        return self._invoke()
+                ready = self._fill(inputs)
             except (LookupError, AttributeError, TypeError):
-                pass  # explained below
-            self._fit(inputs)
-            return self._invoke()
+                ready = False  # _fit explains
+            if not ready:
+                self._fit(inputs)
+            try:
+                self._invoke()
+            except Exception as error:
+                raise EngineError(f"the engine failed: {one_line(error)}") from error
+            return self._collect()
 
     def bind(self, shapes: Optional[Mapping[str, Tuple[int, ...]]] = None) -> Bound:
         """Buffers of your own for running without copies; free dimensions default to 1.
@@ -217,8 +213,7 @@ class Session:
             loaded = self._engine()
             binding = _bind(loaded, wanted)
             if loaded.max_bindings == 1:
-                self._bindings.clear()
-                self._slots = ()
+                self._unbind()
         return Bound(binding, known, self._output_names, lambda: self._loaded is None)
 
     @property
@@ -231,8 +226,7 @@ class Session:
         """Free the engine's memory. A closed session refuses to run."""
         with self._lock:
             if self._loaded is not None:
-                self._bindings.clear()
-                self._binding, self._slots = None, ()
+                self._unbind()
                 self._loaded.close()
                 self._loaded = None
 
@@ -252,16 +246,12 @@ class Session:
             raise EngineError(_CLOSED)
         return self._loaded
 
-    def _invoke(self) -> Dict[str, np.ndarray]:
-        binding = self._binding
-        assert binding is not None  # noqa: S101  (set by _fit)
-        try:
-            binding.invoke()
-        except Exception as error:
-            raise EngineError(f"the engine failed: {one_line(error)}") from error
-        if binding.fresh_outputs:
-            return dict(zip(self._output_names, binding.outputs))
-        return {name: out.copy() for name, out in zip(self._output_names, binding.outputs)}
+    def _unbind(self) -> None:
+        """Forget all buffers: the next run makes its own."""
+        self._bindings.clear()
+        self._fill: Callable[[Mapping[str, np.ndarray]], bool] = lambda _: False
+        self._invoke: Callable[[], None] = lambda: None
+        self._collect: Callable[[], Dict[str, np.ndarray]] = dict
 
     def _fit(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Check the inputs, choose or make buffers for their shapes, and fill them."""
@@ -275,12 +265,9 @@ class Session:
                 self._bindings.popitem(last=False)
             self._bindings[shapes] = binding
         self._bindings.move_to_end(shapes)
-        self._binding = binding
-        # Strings never match: each one of an object array is to be looked at, in _checked.
-        self._slots = tuple(
-            (spec.name, buffer, buffer.shape, None if buffer.dtype == object else buffer.dtype)
-            for spec, buffer in zip(self._ordered, binding.inputs)
-        )
+        self._fill = _filler(tuple(spec.name for spec in self._ordered), binding.inputs)
+        self._invoke = binding.invoke
+        self._collect = _collector(self._output_names, binding)
         for buffer, array in zip(binding.inputs, arrays):
             buffer[...] = array
 
@@ -323,6 +310,55 @@ class Bound:
     def outputs(self) -> Dict[str, np.ndarray]:
         """The engine's output buffers after the last call."""
         return dict(zip(self._output_names, self._binding.outputs))
+
+
+def _filler(
+    names: Tuple[str, ...], buffers: Tuple[np.ndarray, ...]
+) -> Callable[[Mapping[str, np.ndarray]], bool]:
+    """A function that copies inputs which fit these buffers as they are; False if they do not.
+
+    A closure with a case for one input, the usual one: this is the hot path, and for a small
+    model its cost is comparable to the engine's.
+    """
+    # Strings never match: each one of an object array is to be looked at, in _checked.
+    slots = tuple(
+        (name, buffer, buffer.shape, None if buffer.dtype == object else buffer.dtype)
+        for name, buffer in zip(names, buffers)
+    )
+    count = len(slots)
+
+    def fill(inputs: Mapping[str, np.ndarray]) -> bool:
+        if len(inputs) != count:
+            return False
+        for name, buffer, shape, dtype in slots:
+            array = inputs[name]
+            if array.dtype is not dtype or array.shape != shape:
+                return False
+            buffer[...] = array
+        return True
+
+    if count != 1:
+        return fill
+    only_name, only_buffer, only_shape, only_dtype = slots[0]
+
+    def fill_one(inputs: Mapping[str, np.ndarray]) -> bool:
+        array = inputs[only_name]
+        if array.dtype is not only_dtype or array.shape != only_shape or len(inputs) != 1:
+            return False
+        only_buffer[...] = array
+        return True
+
+    return fill_one
+
+
+def _collector(names: Tuple[str, ...], binding: Binding) -> Callable[[], Dict[str, np.ndarray]]:
+    """A function that gives the outputs as the caller's own arrays."""
+    if binding.fresh_outputs:
+        return lambda: dict(zip(names, binding.outputs))
+    if len(names) == 1:
+        name = names[0]
+        return lambda: {name: binding.outputs[0].copy()}
+    return lambda: {name: out.copy() for name, out in zip(names, binding.outputs)}
 
 
 def _bind(loaded: Loaded, shapes: Shapes) -> Binding:
