@@ -353,11 +353,13 @@ def _filler(
 
 def _collector(names: Tuple[str, ...], binding: Binding) -> Callable[[], Dict[str, np.ndarray]]:
     """A function that gives the outputs as the caller's own arrays."""
-    if binding.fresh_outputs:
-        return lambda: dict(zip(names, binding.outputs))
     if len(names) == 1:
         name = names[0]
+        if binding.fresh_outputs:
+            return lambda: {name: binding.outputs[0]}
         return lambda: {name: binding.outputs[0].copy()}
+    if binding.fresh_outputs:
+        return lambda: dict(zip(names, binding.outputs))
     return lambda: {name: out.copy() for name, out in zip(names, binding.outputs)}
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -82,9 +81,6 @@ class _Loaded(Loaded):
         return Placement({"CPU": 1.0}, delegate, "float32", counts)
 
 
-_FIRST_SUBGRAPH = itertools.repeat(0)
-
-
 class _Binding(Binding):
     fresh_outputs = True
 
@@ -113,7 +109,10 @@ class _Binding(Binding):
                 raw.SetTensor(index, buffer)
             raw.Invoke()
             try:
-                self.outputs = tuple(map(raw.GetTensor, self._out, _FIRST_SUBGRAPH))
+                if len(self._out) == 1:
+                    self.outputs = (raw.GetTensor(self._out[0], 0),)
+                else:
+                    self.outputs = tuple([raw.GetTensor(index, 0) for index in self._out])
             except ValueError:
                 self.outputs = tuple([self._empty(index) for index in self._out])
         if self._scalars:  # get_tensor gives those as numpy scalars
