@@ -56,7 +56,9 @@ def one_matmul(folder: Path) -> dict[str, Path]:
 
     module = tf.Module()
     module.call = call
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([call.get_concrete_function()], module)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [call.get_concrete_function()], module
+    )
     paths["litert"].write_bytes(converter.convert())
     return paths
 

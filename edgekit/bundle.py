@@ -18,6 +18,7 @@ from edgekit import sandbox
 from edgekit.artifact import Artifact, TensorSpec
 from edgekit.cache import write_atomically
 from edgekit.errors import ModelError, UsageError
+from edgekit_runtime.arrays import read_npz, write_npz
 from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, archive_entry
 from edgekit_runtime.manifest import (
     SCHEMA,
@@ -76,14 +77,18 @@ def write_bundle(
         files = tuple(f"{base}/{file.name}" for file in source.artifact.files)
         for entry, file in zip(files, source.artifact.files, strict=True):
             contents[entry] = file.read_bytes()
-        golden, arrays = _golden(source, inputs, work)
+        names_in = tuple(s.name for s in _ordered(inputs, source.artifact.inputs))
+        names_out = tuple(s.name for s in _ordered(outputs, source.artifact.outputs))
+        ours = {
+            "inputs": dict(zip(names_in, (s.name for s in inputs), strict=True)),
+            "outputs": dict(zip(names_out, (s.name for s in outputs), strict=True)),
+        }
+        golden, arrays = _golden(source, inputs, ours, work)
         contents |= arrays
         variants.append(
             Variant(
                 source.id, source.engine, source.artifact.format, files, source.scheme,
-                source.threads, source.precision,
-                tuple(s.name for s in _ordered(inputs, source.artifact.inputs)),
-                tuple(s.name for s in _ordered(outputs, source.artifact.outputs)),
+                source.threads, source.precision, names_in, names_out,
                 dict(source.placement), golden, dict(source.expected),
             )
         )  # fmt: skip
@@ -132,7 +137,10 @@ def _ordered(
 
 
 def _golden(
-    source: VariantSource, inputs: tuple[TensorSpec, ...], work: Path
+    source: VariantSource,
+    inputs: tuple[TensorSpec, ...],
+    ours: dict[str, dict[str, str]],
+    work: Path,
 ) -> tuple[Golden, dict[str, bytes]]:
     ranges = {spec.name: spec.range for spec in inputs}
     folder = work / f"golden-{source.id}"
@@ -147,6 +155,7 @@ def _golden(
                 "precision": source.precision,
             },
             "ranges": {k: list(v) if v else None for k, v in ranges.items()},
+            "names": ours,
             "folder": str(folder),
         },
         what=f"golden outputs of {source.id}",
@@ -155,10 +164,10 @@ def _golden(
         f"golden/{source.id}/{name}": (folder / name).read_bytes()
         for name in ("inputs.npz", "outputs.npz")
     }
-    with np.load(folder / "outputs.npz", allow_pickle=False) as outputs:
-        tolerance = {
-            name: _tolerance(outputs[name], quantized=source.scheme != "fp32") for name in outputs
-        }
+    tolerance = {
+        name: _tolerance(output, quantized=source.scheme != "fp32")
+        for name, output in read_npz(folder / "outputs.npz").items()
+    }
     inputs_path, outputs_path = arrays
     golden = Golden(inputs_path, outputs_path, _GOLDEN_SAMPLES, tolerance)
     return golden, arrays
@@ -173,24 +182,31 @@ def _tolerance(output: np.ndarray[Any, Any], *, quantized: bool) -> Tolerance:
 
 
 def make_golden(
-    model: str, options: dict[str, Any], ranges: dict[str, list[float] | None], folder: str
+    model: str,
+    options: dict[str, Any],
+    ranges: dict[str, list[float] | None],
+    names: dict[str, dict[str, str]],
+    folder: str,
 ) -> None:
-    """Runs in the child: seeded inputs, the variant's outputs for them, both as `.npz`."""
+    """Runs in the child: seeded inputs, the variant's outputs for them, both as `.npz`.
+
+    `names` maps the engine's names of `inputs` and `outputs` to ours, which the files use.
+    """
     import dataclasses
 
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     with load(model, **options) as session:
         session.inputs = tuple(
-            dataclasses.replace(s, range=(r[0], r[1]) if (r := ranges.get(s.name)) else None)
-            for s in session.inputs
+            dataclasses.replace(s, range=(r[0], r[1]) if (r := ranges[ours]) else None)
+            for s, ours in ((s, names["inputs"][s.name]) for s in session.inputs)
         )
         for seed in range(_GOLDEN_SAMPLES):
             rows.append(synthetic_inputs(session, seed=seed))
             answers.append(session.run(rows[-1]))
-    for name, row in (("inputs", rows), ("outputs", answers)):
-        stacked = {key: np.stack([one[key] for one in row]) for key in row[0]}
+    for kind, row in (("inputs", rows), ("outputs", answers)):
+        stacked = {names[kind][key]: np.stack([one[key] for one in row]) for key in row[0]}
         bad = [k for k, v in stacked.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
         if bad:
-            raise ModelError(f"{name} {bad[0]!r} hold NaN or Inf for plain random inputs")
-        np.savez(Path(folder) / f"{name}.npz", allow_pickle=False, **stacked)
+            raise ModelError(f"{kind} {bad[0]!r} hold NaN or Inf for plain random inputs")
+        write_npz(Path(folder) / f"{kind}.npz", stacked)

@@ -107,7 +107,13 @@ def _show(document: dict[str, Any]) -> None:
         document["candidates"],
         key=lambda c: (rank[c["status"]], (c["latency_ratio"] or [9e9])[0]),
     )
-    table = Table(title="\nCandidates, best first", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="\nCandidates, best first",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     table.add_column("candidate", no_wrap=True)
     for name in (document["metric"], "p50", "x fp32", "size"):
         table.add_column(name, justify="right", no_wrap=True)
