@@ -1,0 +1,79 @@
+"""What the README shows is what happens."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cnn import cnn_data, small_cnn
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder like the one a reader has: the model, the data."""
+    folder = tmp_path_factory.mktemp("readme")
+    small_cnn(folder / "model.onnx")
+    cnn_data(folder / "eval.npz", 400)
+    return folder
+
+
+def test_shell_examples_run(edgekit, folder) -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[0] == "edgekit"
+        done = edgekit(*command[1:], cwd=folder)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout.strip()
+
+
+def test_python_example_runs(edgekit, folder, monkeypatch, capsys) -> None:
+    """The same code on a bundle whose input is called like magika's."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["bytes"], ["target_label"], to=TensorProto.FLOAT)], "g",
+        [helper.make_tensor_value_info("bytes", TensorProto.INT32, ["N", 2048])],
+        [helper.make_tensor_value_info("target_label", TensorProto.FLOAT, ["N", 2048])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=7)
+    onnx.save(model, folder / "bytes.onnx")
+    rows = np.random.default_rng(0).integers(0, 257, (40, 2048)).astype(np.int32)
+    np.savez(folder / "bytes.npz", bytes=rows)
+    done = edgekit(
+        "optimize", "bytes.onnx", "--for", "this-machine", "--data", "bytes.npz",
+        "-o", "out/demo", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(folder)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "CPU 100 %" in capsys.readouterr().out
+
+
+def test_every_linked_file_exists() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), (document, link)
+
+
+def test_code_map_names_what_is_there() -> None:
+    tree = README.split("## Where things are")[1]
+    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
+        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), name
+
+
+def test_reference_is_up_to_date(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "reference"))
+    monkeypatch.setattr(sys, "argv", sys.argv)  # it sets its own
+    import generate
+
+    assert generate.TARGET.read_text() == generate.reference(), (
+        f"run {sys.executable} docs/reference/generate.py"
+    )
