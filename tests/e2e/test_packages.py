@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 def build(folder: Path, out: Path, *kinds: str) -> list[Path]:
     # Without isolation: the build backend is among the test requirements, nothing is fetched.
     subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", *kinds, "--outdir", str(out), str(folder)],
+        [sys.executable, "-m", "build", "--no-isolation", *kinds, "--outdir", str(out),
+         str(folder)],
         check=True, capture_output=True,
     )  # fmt: skip
     return sorted(out.iterdir())
