@@ -72,8 +72,12 @@ def format_files(path: Path, fmt: str) -> tuple[Path, ...]:
     return (path, path.with_suffix(".bin")) if fmt == "openvino" else (path,)
 
 
-def open_model(path: Path, *, provenance: tuple[dict[str, Any], ...] = ()) -> Artifact:
+def open_model(
+    path: Path, *, provenance: tuple[dict[str, Any], ...] = (), called: str | None = None
+) -> Artifact:
     """Read a model's specs by loading it, in a child process, into its own format's engine.
+
+    `called` is what errors call it instead of its path, for models that EdgeKit made.
 
     Raises:
         ModelError: it is missing, empty, damaged, or of a format that is not read.
@@ -83,7 +87,7 @@ def open_model(path: Path, *, provenance: tuple[dict[str, Any], ...] = ()) -> Ar
     files = format_files(path, fmt)
     specs = sandbox.call(
         "edgekit.artifact:read_specs",
-        {"path": str(path)},
+        {"path": str(path), "called": called or str(path)},
         limits=sandbox.Limits(timeout_s=300),
         what=f"reading {path}",
     )
@@ -97,7 +101,7 @@ def open_model(path: Path, *, provenance: tuple[dict[str, Any], ...] = ()) -> Ar
     )
 
 
-def read_specs(path: str) -> dict[str, Any]:
+def read_specs(path: str, called: str) -> dict[str, Any]:
     """Runs in the child: the inputs and outputs of a model its engine can load."""
     try:
         with load(path) as session:
@@ -106,8 +110,7 @@ def read_specs(path: str) -> dict[str, Any]:
                 "outputs": [dataclasses.asdict(spec) for spec in session.outputs],
             }
     except ModelError as error:
-        text = str(error)
-        raise ModelError(text if text.startswith(path) else f"{path}: {text}") from None
+        raise ModelError(f"{called}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def spec_from_json(raw: dict[str, Any]) -> TensorSpec:

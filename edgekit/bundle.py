@@ -142,7 +142,7 @@ def _golden(
     ours: dict[str, dict[str, str]],
     work: Path,
 ) -> tuple[Golden, dict[str, bytes]]:
-    ranges = {spec.name: spec.range for spec in inputs}
+    facts = {spec.name: {"range": spec.range, "example": spec.example} for spec in inputs}
     folder = work / f"golden-{source.id}"
     folder.mkdir(parents=True, exist_ok=True)
     sandbox.call(
@@ -154,7 +154,7 @@ def _golden(
                 "threads": source.threads,
                 "precision": source.precision,
             },
-            "ranges": {k: list(v) if v else None for k, v in ranges.items()},
+            "facts": facts,
             "names": ours,
             "folder": str(folder),
         },
@@ -181,16 +181,21 @@ def _tolerance(output: np.ndarray[Any, Any], *, quantized: bool) -> Tolerance:
     return Tolerance(atol=max(share * top, 1e-6), rtol=share)
 
 
+def _tuple(value: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if value is None else tuple(value)  # JSON has no tuples
+
+
 def make_golden(
     model: str,
     options: dict[str, Any],
-    ranges: dict[str, list[float] | None],
+    facts: dict[str, Any],
     names: dict[str, dict[str, str]],
     folder: str,
 ) -> None:
     """Runs in the child: seeded inputs, the variant's outputs for them, both as `.npz`.
 
-    `names` maps the engine's names of `inputs` and `outputs` to ours, which the files use.
+    `facts` holds the range and the example shape of our inputs; `names` maps the engine's names
+    of `inputs` and `outputs` to ours, which the files use.
     """
     import dataclasses
 
@@ -198,8 +203,8 @@ def make_golden(
     answers: list[dict[str, Any]] = []
     with load(model, **options) as session:
         session.inputs = tuple(
-            dataclasses.replace(s, range=(r[0], r[1]) if (r := ranges[ours]) else None)
-            for s, ours in ((s, names["inputs"][s.name]) for s in session.inputs)
+            dataclasses.replace(s, range=_tuple(known["range"]), example=_tuple(known["example"]))
+            for s, known in ((s, facts[names["inputs"][s.name]]) for s in session.inputs)
         )
         for seed in range(_GOLDEN_SAMPLES):
             rows.append(synthetic_inputs(session, seed=seed))

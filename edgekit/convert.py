@@ -131,4 +131,5 @@ def _along(
 
     folder = cache.folder(key, make)
     step = {"step": "convert", "to": edge.target, "tools": versions, "from": artifact.sha256}
-    return open_model(folder / name, provenance=(*artifact.provenance, step))
+    called = f"the converted {FORMAT_NAMES[edge.target]} model"
+    return open_model(folder / name, provenance=(*artifact.provenance, step), called=called)

@@ -446,7 +446,7 @@ class _Run:
                 ),
             ),
             name=request.model.stem,
-            inputs=self._with_ranges(),
+            inputs=self._with_facts(),
             outputs=self.source.outputs,
             profile=self.profile.id,
             provenance={
@@ -470,9 +470,13 @@ class _Run:
             self.cache.trim()
         return document
 
-    def _with_ranges(self) -> tuple[TensorSpec, ...]:
+    def _with_facts(self) -> tuple[TensorSpec, ...]:
+        sample = self.data.sample(int(self.split.selection[0]), self.source.inputs)
         ranges = self.data.ranges
-        return tuple(replace(s, range=ranges.get(s.name)) for s in self.source.inputs)
+        return tuple(
+            replace(s, range=ranges.get(s.name), example=sample[s.name].shape)
+            for s in self.source.inputs
+        )
 
     def _document(
         self, rows: list[Row], chosen: Row, confirmation: dict[str, Any] | None

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+
 from edgekit.errors import ModelError, one_line, require
 
 __all__ = ["from_onnx"]
+
+
+def _blame(log: str) -> str:
+    """The first operator its report names and what was wrong with it, without its source lines."""
+    found = re.search(r"ONNX node '<Node\((\w+)\): ([^>]*)>'", log)
+    reasons = [line for line in log.splitlines() if line.strip()]
+    reason = next(
+        (after for line, after in pairwise(reasons) if "failed with GeneralFailure" in line), ""
+    )
+    if found:
+        return f"it fails at {found[1]} {found[2]!r}" + (f": {reason.strip()}" if reason else "")
+    return one_line(ValueError(log))
 
 
 def from_onnx(source: list[str], target: str) -> None:
@@ -13,5 +28,5 @@ def from_onnx(source: list[str], target: str) -> None:
     try:
         model = ov.Core().read_model(source[0])
     except RuntimeError as error:
-        raise ModelError(f"OpenVINO cannot convert the model: {one_line(error)}") from error
+        raise ModelError(f"OpenVINO cannot convert the model: {_blame(str(error))}") from error
     ov.save_model(model, target, compress_to_fp16=False)

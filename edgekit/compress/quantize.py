@@ -85,4 +85,6 @@ def quantize(
     step: dict[str, Any] = {"step": "quantize", "scheme": scheme.to_json(), "tools": versions}
     if needs_data:
         step |= {"calibration": data.sha256, "calibration_samples": len(indices)}
-    return open_model(folder / name, provenance=(*artifact.provenance, step))
+    return open_model(
+        folder / name, provenance=(*artifact.provenance, step), called="the quantized model"
+    )

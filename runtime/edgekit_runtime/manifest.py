@@ -42,7 +42,7 @@ class TensorSpec:
 
     `dtype` is numpy's name (`float32`, `int32`, ...) or `string`. `shape` holds a positive int
     for a fixed dimension and a name for a free one; two dimensions of one name are equal.
-    `range` is the closed interval of values seen in real data, where it is known.
+    `range` is the closed interval of values and `example` a shape seen in real data, where known.
     """
 
     name: str
@@ -50,6 +50,7 @@ class TensorSpec:
     shape: Tuple[Dim, ...]
     layout: Optional[str] = None
     range: Optional[Tuple[float, float]] = None
+    example: Optional[Tuple[int, ...]] = None
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -57,6 +58,10 @@ class TensorSpec:
     def with_batch(self, size: int) -> Tuple[int, ...]:
         """The concrete shape when every free dimension is `size` (usually 1)."""
         return tuple(d if isinstance(d, int) else size for d in self.shape)
+
+    def usual_shape(self) -> Tuple[int, ...]:
+        """The shape seen in real data, or 1 for every free dimension."""
+        return self.example or self.with_batch(1)
 
     def accepts(self, shape: Tuple[int, ...]) -> bool:
         """Whether an array of this shape fits; free dimensions of one name must agree."""
@@ -218,6 +223,8 @@ def _check_references(manifest: Manifest) -> None:
     for spec in (*manifest.inputs, *manifest.outputs):
         if any(isinstance(dim, int) and dim < 1 for dim in spec.shape):
             raise BundleError(f"{spec.name!r} has the shape {list(spec.shape)}, wanted 1 or more")
+        if spec.example is not None and not spec.accepts(spec.example):
+            raise BundleError(f"{spec.name!r} has the example {list(spec.example)}, not its shape")
         if spec.range is not None and spec.range[0] > spec.range[1]:
             raise BundleError(f"{spec.name!r} has the range {list(spec.range)}, wanted low, high")
     known = {entry.path for entry in manifest.files}

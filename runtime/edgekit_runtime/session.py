@@ -189,7 +189,8 @@ class Session:
             return self._collect()
 
     def bind(self, shapes: Optional[Mapping[str, Tuple[int, ...]]] = None) -> Bound:
-        """Buffers of your own for running without copies; free dimensions default to 1.
+        """Buffers of your own for running without copies; free dimensions default to the bundle's
+        example, else to 1.
 
         The buffers stay valid until the session is closed or bound to other shapes.
 
@@ -204,7 +205,7 @@ class Session:
                 f"shapes are given for {', '.join(map(str, given))}; wanted: {', '.join(known)}"
             )
         wanted = tuple(
-            tuple(given[s.name]) if s.name in given else s.with_batch(1) for s in self._ordered
+            tuple(given[s.name]) if s.name in given else s.usual_shape() for s in self._ordered
         )
         for spec, shape in zip(self._ordered, wanted):
             if not spec.accepts(shape) or any(size < 1 for size in shape):

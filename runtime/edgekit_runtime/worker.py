@@ -120,12 +120,12 @@ def _import_engine_of(path: Path, options: Dict[str, Any]) -> None:
 def synthetic_inputs(session: Session, *, seed: int = 0) -> Dict[str, np.ndarray]:
     """Seeded noise in each input's known range (0..1 for floats, 0..1 for integers if unknown).
 
-    Free dimensions are 1.
+    Free dimensions are as in the bundle's example, else 1.
     """
     rng = np.random.default_rng(seed)
     made = {}
     for spec in session.inputs:
-        shape = spec.with_batch(1)
+        shape = spec.usual_shape()
         low, high = spec.range or (0.0, 1.0)
         if spec.dtype == "string":
             raise InputError(f"input {spec.name!r} takes strings; give real inputs with --input")

@@ -20,7 +20,7 @@ CONTENTS = {"a/in.npz": b"i", "a/model.onnx": b"m", "a/out.npz": b"o", "b.tflite
 FULL = bundles.make_manifest(
     CONTENTS,
     inputs=(
-        TensorSpec("x", "float32", ("N", 4), layout="NC", range=(-1.5, 2.0)),
+        TensorSpec("x", "float32", ("N", 4), layout="NC", range=(-1.5, 2.0), example=(2, 4)),
         TensorSpec("k", "int32", ()),
     ),
     variants=(
@@ -75,7 +75,7 @@ def test_optional_fields_have_defaults() -> None:
     raw = copy.deepcopy(RAW)
     for key in ("labels", "provenance", "signature"):
         del raw[key]
-    for key in ("layout", "range"):
+    for key in ("layout", "range", "example"):
         del raw["inputs"][0][key]
     del raw["variants"][0]["expected"]
     del raw["variants"][0]["golden"]["synthetic"]
@@ -188,6 +188,8 @@ _KINDS = {
     "inputs.#.layout": {"null", "text"},
     "inputs.#.range": {"null", "list"},
     "inputs.#.range.#": {"int", "float"},
+    "inputs.#.example": {"null", "list"},
+    "inputs.#.example.#": {"int"},
     "inputs.#.shape.#": {"int", "text"},
     "variants.#.placement.CPU": {"int", "float"},
     "variants.#.golden.tolerance.y.atol": {"int", "float"},
@@ -244,7 +246,16 @@ def test_unknown_keys_are_refused_by_name() -> None:
 
 
 def test_missing_keys_are_refused_by_name() -> None:
-    optional = {"labels", "provenance", "signature", "layout", "range", "expected", "synthetic"}
+    optional = {
+        "labels",
+        "provenance",
+        "signature",
+        "layout",
+        "range",
+        "example",
+        "expected",
+        "synthetic",
+    }
     tried = 0
     for path, value in _objects():
         for key in set(value) - optional:
