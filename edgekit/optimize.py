@@ -180,7 +180,7 @@ class _Run:
         deadline = self._deadline(_BUILD_SHARE)
         todo = [row for row in rows[1:] if row.status == "planned"]
         # Builds and evaluations are not timed, so they may share the machine.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(max_workers=_jobs()) as pool:
             for future in [pool.submit(self._build, row, deadline) for row in todo]:
                 future.result()
         if self.cancel.is_set():
@@ -542,6 +542,14 @@ def _why_kept(row: Row, chosen: Row, reference: Row) -> str:
 
 _SPENT = "the budget was spent before it was done"
 _STOPPED = "stopped by the user before it was done"
+
+
+def _jobs() -> int:
+    """How many builds and evaluations run at once: one per core, each with room for 4 GB."""
+    import psutil
+
+    room = int(psutil.virtual_memory().total // (4 << 30))
+    return max(1, min(os.cpu_count() or 1, room))
 
 
 def _native(fmt: str) -> str:
