@@ -11,6 +11,9 @@ from edgekit.measure.statistics import median_interval, ratio_interval
 
 __all__ = ["Choice", "Entrant", "over_budget", "rank"]
 
+#: medians further apart than this never count as equal, however wide the interval
+_LEVEL = 1.05
+
 Aim = Literal["latency", "size"]
 
 
@@ -66,11 +69,21 @@ def rank(entrants: Sequence[Entrant], reference: Entrant, aim: Aim) -> Choice:
         return Choice(tuple(e.id for e in order), dropped, why)
     order = sorted(field, key=_middle)
     fastest = order[0]
-    # Without an interval (too few rounds) nothing is called level: -inf is not <= 1 by evidence.
-    level = [e for e in order if e is fastest or 0 < _ratio(e, fastest)[1] <= 1.0]
+    level = [e for e in order if e is fastest or _is_level(e, fastest)]
     winner = min(level, key=lambda e: (e.size_bytes, _middle(e)))
     order.sort(key=lambda e: (e is not winner, e not in level, _middle(e)))
     return Choice(tuple(e.id for e in order), dropped, _why(winner, fastest, reference, level))
+
+
+def _is_level(one: Entrant, fastest: Entrant) -> bool:
+    """Whether the noise hides any difference that would matter.
+
+    A wide interval alone is no evidence of that: the median must be close, too, or a noisy
+    machine would hand the choice to something that looks 40 % slower. Without an interval (too
+    few rounds) nothing is level.
+    """
+    ratio, low, _ = _ratio(one, fastest)
+    return 0 < low <= 1.0 and ratio <= _LEVEL
 
 
 def _why(winner: Entrant, fastest: Entrant, reference: Entrant, level: list[Entrant]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,15 +70,19 @@ class Dataset:
     @cached_property
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The inputs by name, mapped, first axis: samples."""
-        return {
-            n: self._map(a) for n, a in self._index["arrays"].items() if n not in (LABELS, _HASHES)
-        }
+        other = (LABELS, _HASHES, *self.unused)
+        return {n: self._map(a) for n, a in self._index["arrays"].items() if n not in other}
 
     @cached_property
     def labels(self) -> NDArray[Any] | None:
         """The labels, first axis: samples; None when the source has none."""
         raw = self._index["arrays"].get(LABELS)
         return None if raw is None else self._map(raw)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Arrays of the source that are neither inputs nor labels."""
+        return tuple(self._index["unused"])
 
     @cached_property
     def hashes(self) -> NDArray[Any]:
@@ -139,7 +144,7 @@ def open_dataset(source: str, specs: tuple[TensorSpec, ...], cache: Cache) -> Da
     identity = file_sha256(path)
     if is_function:  # what it yields may change while the file does not: never reuse
         identity = hashlib.sha256(np.random.default_rng().bytes(16)).hexdigest()
-    key = content_key(kind="data", layout=1, identity=identity, inputs=request["inputs"])
+    key = content_key(kind="data", layout=2, identity=identity, inputs=request["inputs"])
 
     def make(folder: Path) -> None:
         sandbox.call(
@@ -238,7 +243,8 @@ def lay_out(source: str, function: str, inputs: list[dict[str, Any]], folder: st
     )
     specs = [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in inputs]
     count = _check_names_and_lengths(source, found, specs)
-    index: dict[str, Any] = {"count": count, "arrays": found, "ranges": {}}
+    unused = sorted(set(found) - {s.name for s in specs} - {LABELS})
+    index: dict[str, Any] = {"count": count, "arrays": found, "ranges": {}, "unused": unused}
     (target / _INDEX).write_text(json.dumps(index))
     data = Dataset(target, "", source)
     for spec in specs:
@@ -292,7 +298,7 @@ def _from_function(reference: str, folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     kinds: dict[str, tuple[Any, tuple[int, ...]]] = {}
     count = 0
-    for inputs, label in function():
+    for inputs, label in _rows(reference, function):
         row = dict(inputs) if label is None else {**inputs, LABELS: label}
         if count and set(row) != set(kinds):
             raise InputError(f"{reference}: sample {count} has {', '.join(row)}; the first had "
@@ -319,6 +325,24 @@ def _from_function(reference: str, folder: Path) -> dict[str, Any]:
         name: _entry(Path(files[name].name).name, dtype, (count, *shape))
         for name, (dtype, shape) in kinds.items()
     }
+
+
+def _rows(reference: str, function: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What the user's function yields; its mistakes with the sample they happened at."""
+    count = 0
+    try:
+        for item in function():
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], dict)):
+                raise InputError(
+                    f"{reference}: sample {count} is {type(item).__name__}; wanted a pair of a "
+                    "dict of arrays by input name, and a label or None"
+                )
+            yield item
+            count += 1
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{reference} fails at sample {count}: {one_line(error)}") from error
 
 
 def _entry(file: str, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> dict[str, Any]:

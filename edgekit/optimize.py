@@ -146,6 +146,13 @@ class _Run:
             self._note(self.split.note)
         self.metric = request.metric or ("top1" if self.data.labels is not None else "cosine")
         metric_named(self.metric)
+        if request.metric is None and self.data.labels is None:
+            self._note(
+                f"no labels in {request.data}: outputs are compared with those of the model as it "
+                f"came, and --max-drop {request.max_drop:g} is in cosine"
+            )
+        if self.data.unused:
+            self._note(f"arrays of {request.data} not used: {', '.join(self.data.unused)}")
         if len(self.split.selection) < 100:
             self._note(
                 f"only {len(self.split.selection)} samples to select on: differences of one point "

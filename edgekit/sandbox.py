@@ -66,9 +66,9 @@ def call(
         reply = _Reply(process, progress)
         _send(process, {"target": target, "arguments": arguments})
         over = _supervise(process, limits, what)
-        reply.join()
         if over:
             raise ChildError(over)
+        reply.join()
         return _result(reply.final, process.returncode, log, what)
 
 

@@ -16,7 +16,7 @@ from edgekit.errors import ChildError, ModelError, UsageError
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_starts, measure
 from edgekit.measure.conditions import conditions
 from edgekit_runtime.bundle import Bundle, is_bundle
-from edgekit_runtime.engines import ENGINE_OF_FORMAT
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 from edgekit_runtime.session import format_of
 
 __all__ = ["bench"]
@@ -62,6 +62,8 @@ def bench(
         raise ModelError(f"no file {model}")
     if input_ is not None and not input_.is_file():
         raise UsageError(f"no file {input_}")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
     bundled = is_bundle(model)
     if bundled:
         if engine is not None:
@@ -83,7 +85,7 @@ def bench(
             progress=lambda done, total: observer.progress("measuring", done, total),
         )[contender.id]  # fmt: skip
     if taken.failure:
-        raise ChildError(taken.failure)
+        raise (ModelError if taken.failure_code == 2 else ChildError)(taken.failure)
     document = _document(model, engine, used, cold, taken)
     file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.stem}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

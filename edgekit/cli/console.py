@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def times(latency: dict[str, Any] | None, key: str = "p50") -> str:
 
 
 class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
-    """Bars on a terminal; elsewhere one plain line per event, at most every two seconds."""
+    """Bars on a terminal; elsewhere one plain line per event, at most every ten seconds."""
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
@@ -94,13 +95,17 @@ class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
 
     def plan(self, candidates: Sequence[Candidate], profile: DeviceProfile) -> None:
         table = Table(title=f"The plan for {profile.name}", title_justify="left", box=None)
-        for column in ("candidate", "engine", "scheme", ""):
-            table.add_column(column, overflow="fold")
+        table.add_column("candidate", no_wrap=True)
+        table.add_column("scheme", overflow="fold")
+        skipped: dict[str, list[str]] = {}
         for one in candidates:
-            table.add_row(
-                one.id, one.engine, str(one.scheme), f"skipped: {one.skip}" if one.skip else ""
-            )
+            if one.skip:
+                skipped.setdefault(one.skip, []).append(one.id)
+            else:
+                table.add_row(one.id, str(one.scheme))
         stderr.print(table)
+        for reason, names in skipped.items():
+            self._say(f"skipped: {', '.join(names)}: {reason}", markup=False)
 
     def progress(self, task: str, done: int, total: int) -> None:
         with self._lock:
@@ -110,7 +115,7 @@ class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
                 self._bars.update(self._tasks[task], completed=done, total=total)
                 return
             now = time.monotonic()
-            if now - self._said.setdefault(task, now) >= 2:
+            if now - self._said.setdefault(task, now) >= 10:
                 self._said[task] = now
                 self._say(f"  {task}: {done} of {total}")
 
@@ -121,7 +126,7 @@ class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
         self._say(f"  {candidate}: {text}", markup=False)
 
     def note(self, text: str) -> None:
-        self._say(f"[yellow]note:[/yellow] {text}")
+        self._say(f"[yellow]note:[/yellow] {escape(text)}")
 
     def _say(self, text: str, *, markup: bool = True) -> None:
         stderr.print(text, markup=markup, soft_wrap=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.table import Table
 
 from edgekit import __version__, sandbox
@@ -122,7 +123,7 @@ def _show(document: dict[str, Any]) -> None:
             if kind == "quantizers" and row["ok"]:
                 works = "installed"
             table.add_row(
-                f"  {row['name']}", row["version"] or "-", works, row["detail"][:200],
+                f"  {row['name']}", row["version"] or "-", works, escape(row["detail"][:200]),
                 style="" if row["ok"] else "dim",
             )  # fmt: skip
     stdout.print(table)

@@ -102,10 +102,12 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _show(document: dict[str, Any]) -> None:
+    for note in document["notes"]:
+        stdout.print(f"note: {note}", markup=False, soft_wrap=True)
     rank = {"chosen": 0, "kept": 1, "dropped": 2, "failed": 3, "skipped": 4}
     rows = sorted(
         document["candidates"],
-        key=lambda c: (rank[c["status"]], (c["latency_ratio"] or [9e9])[0]),
+        key=lambda c: (rank[c["status"]], _order(c, document["minimize"])),
     )
     table = Table(
         title="\nCandidates, best first",
@@ -115,7 +117,7 @@ def _show(document: dict[str, Any]) -> None:
         pad_edge=False,
     )
     table.add_column("candidate", no_wrap=True)
-    for name in (document["metric"], "p50", "x fp32", "size"):
+    for name in (document["metric"].rpartition(":")[2], "p50", "x fp32", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -135,6 +137,12 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:
         stderr.print(f"[yellow]incomplete:[/yellow] {'; '.join(document['notes'])}")
+
+
+def _order(row: dict[str, Any], minimize: str) -> float:
+    if minimize == "size":
+        return float(row["size_bytes"] or 9e18)
+    return float((row["latency_ratio"] or [9e18])[0])
 
 
 def _show_reasons(rows: list[dict[str, Any]]) -> None:

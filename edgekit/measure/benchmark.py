@@ -58,6 +58,7 @@ class Measurement:
     engine_version: str = ""
     placement: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    failure_code: int = 3
 
     @property
     def samples_ns(self) -> list[int]:
@@ -221,6 +222,7 @@ class _failures_into:  # noqa: N801  (used like contextlib's functions)
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
         if isinstance(error, EdgeKitError):
             self._measurement.failure = str(error)
+            self._measurement.failure_code = error.exit_code
             return True
         return False
 
@@ -316,5 +318,6 @@ class _Worker:
             raise ChildError(f"{self._contender.id}: the engine's process ended, {code}{said}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ChildError(answer["error"])
+            kind = "ModelError" if answer["exit_code"] == 2 else "ChildError"
+            raise by_name(kind, answer["error"])
         return answer

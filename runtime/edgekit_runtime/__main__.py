@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from . import EdgeKitError, UsageError, load
-from .arrays import read_npz, write_npz
+from .arrays import write_npz
 from .bundle import Bundle, is_bundle
 from .errors import one_line
 from .golden import check
 from .timing import sample, summary
-from .worker import cold_start, main_loop, peak_rss_bytes, read_samples
+from .worker import cold_start, input_arrays, main_loop, peak_rss_bytes, read_samples
 
 __all__ = ["main"]
 
@@ -85,9 +85,8 @@ def _options(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    inputs = read_npz(args.input)
     with load(args.model, **_options(args)) as session:
-        outputs = session.run(inputs)
+        outputs = session.run(input_arrays(session, args.input))
     if args.output:
         write_npz(args.output, outputs)
     if args.json:

@@ -25,7 +25,14 @@ from .errors import EdgeKitError, EngineMissingError, InputError
 from .session import Session, format_of, load
 from .timing import sample
 
-__all__ = ["cold_start", "main_loop", "peak_rss_bytes", "read_samples", "synthetic_inputs"]
+__all__ = [
+    "cold_start",
+    "input_arrays",
+    "main_loop",
+    "peak_rss_bytes",
+    "read_samples",
+    "synthetic_inputs",
+]
 
 
 def main_loop(
@@ -160,15 +167,28 @@ def peak_rss_bytes() -> int:
 
 
 def read_samples(session: Session, inputs: Optional[Path]) -> List[Dict[str, np.ndarray]]:
-    """Inputs to measure with: each sample of an `.npz` with a leading axis, or seeded noise."""
+    """Inputs to run: each sample of an `.npz`, as `edgekit optimize --data` takes it, or noise."""
     if inputs is None:
         return [synthetic_inputs(session)]
-    arrays = read_npz(inputs)
+    arrays = input_arrays(session, inputs)
     counts = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(counts) != 1 or counts == {0}:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise InputError(
             f"{inputs} holds no samples: {shapes or 'no arrays'}; wanted arrays of one length"
         )
-    # [i, ...] and not [i]: a sample of a scalar input is an array, too
-    return [{n: array[i, ...] for n, array in arrays.items()} for i in range(counts.pop())]
+    # With the batch axis where the model has one. [i, ...] and not [i]: a sample of a scalar
+    # input is an array, too.
+    rank = {spec.name: len(spec.shape) for spec in session.inputs}
+    return [
+        {n: a[i : i + 1] if a.ndim == rank.get(n) else a[i, ...] for n, a in arrays.items()}
+        for i in range(counts.pop())
+    ]
+
+
+def input_arrays(session: Session, path: Path) -> Dict[str, np.ndarray]:
+    """The arrays of an `.npz` without `labels`, which evaluation data brings along."""
+    arrays = read_npz(path)
+    if "labels" not in {spec.name for spec in session.inputs}:
+        arrays.pop("labels", None)
+    return arrays

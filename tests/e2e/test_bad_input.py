@@ -188,3 +188,43 @@ def test_entry_that_leaves_the_bundle(edgekit, bundle, tmp_path) -> None:
     with zipfile.ZipFile(evil, "a") as archive:
         archive.writestr("../outside", "x")
     assert_one_line(edgekit("inspect", evil), 2, "../outside")
+
+
+def test_misspelled_labels_are_noted(edgekit, good, tmp_path) -> None:
+    with np.load(good[1]) as archive:
+        np.savez(tmp_path / "d.npz", image=archive["image"], label=archive["labels"])
+    done = optimize(edgekit, good[0], tmp_path / "d.npz", tmp_path / "out", "--budget", "20s")
+    assert done.returncode == 0, done.stderr
+    assert "arrays of" in done.stdout
+    assert "not used: label" in done.stdout
+    assert "no labels in" in done.stdout
+
+
+def test_install_lines_keep_their_brackets(edgekit, monkeypatch, capsys) -> None:
+    """Rich takes `[...]` for markup; in an install line it is the extra."""
+    from edgekit.cli import doctor
+
+    row = {
+        "name": "x",
+        "version": None,
+        "ok": False,
+        "detail": "pip install -e '.[tflite-convert]'",
+    }
+    doctor._show(
+        {
+            "engines": [row], "converters": [], "quantizers": [], "warnings": [],
+            "machine": {"name": "m", "arch": "a", "cpu": {"cores": 1}},
+        }
+    )  # fmt: skip
+    assert "'.[tflite-convert]'" in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_evaluation_data_may_be_given_to_bench(edgekit, good) -> None:
+    done = edgekit("bench", good[0], "--input", good[1], "--threads", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_on_wrong_input_is_the_users_mistake(edgekit, good, tmp_path) -> None:
+    np.savez(tmp_path / "w.npz", picture=np.zeros((3, 1, 12, 12), np.float32))
+    done = edgekit("bench", good[0], "--input", tmp_path / "w.npz")
+    assert_one_line(done, 2, "the inputs are named picture; wanted: image")

@@ -44,6 +44,12 @@ def test_differences_inside_the_noise_do_not_decide_the_smaller_wins() -> None:
     assert choice.order[0] == "small-one"
 
 
+def test_a_wide_interval_does_not_make_a_slower_candidate_level() -> None:
+    reference = entrant("fp32", 1000, 10.0, jitter=0.4)
+    slower = entrant("slower", 100, 13.0, jitter=0.4)
+    assert rank([reference, slower], reference, "latency").order[0] == "fp32"
+
+
 def test_clear_difference_beats_size() -> None:
     large, small = entrant("large", 800, 5.0), entrant("small-one", 300, 6.0)
     assert rank([REFERENCE, large, small], REFERENCE, "latency").order[0] == "large"
