@@ -88,6 +88,7 @@ class Rounds:
     warm_up_blocks: int = 1
     most_per_block: int = 400
     enough: float = 0.01  # half-width of the ratio's interval at which more rounds change nothing
+    settled: float = 0.05  # the same for the winner against the reference, which decides nothing
 
 
 def measure(
@@ -156,6 +157,9 @@ def _still_open(
         return set()
     best = min(serious, key=lambda key: median_interval(taken[key].medians_ns)[0])
     still = set()
+    _, low, high = ratio_interval(taken[best].medians_ns, taken[reference].medians_ns)
+    if high - low > 2 * rounds.settled:
+        still.add(best)  # what people will quote should not be a guess
     for key in serious:
         if key == best:
             continue

@@ -73,3 +73,24 @@ def test_manifest_is_readable_json_inside_an_ordinary_zip(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "m.edgekit") as archive:
         assert archive.namelist()[0] == "manifest.json"
         assert json.loads(archive.read("manifest.json"))["schema"] == "edgekit.bundle/1"
+
+
+def test_golden_inputs_have_the_shape_and_range_of_real_data(tmp_path) -> None:
+    """A free dimension of 1 may be too small for a model (silero-vad pads its sequence)."""
+    import io
+
+    artifact = open_model(small_cnn(tmp_path / "cnn.onnx"))
+    (spec,) = artifact.inputs
+    inputs = (dataclasses.replace(spec, range=(5.0, 6.0), example=(3, 1, 12, 12)),)
+    write(tmp_path, artifact, inputs, artifact.outputs)
+    with Bundle(tmp_path / "m.edgekit") as bundle:
+        golden = bundle.manifest.variants[0].golden
+        with np.load(io.BytesIO(bundle.read(golden.inputs))) as archive:
+            images = archive["image"]
+        with np.load(io.BytesIO(bundle.read(golden.outputs))) as archive:
+            scores = archive["scores"]
+    assert images.shape == (golden.samples, 3, 1, 12, 12)
+    assert images.min() >= 5.0 and images.max() <= 6.0
+    np.testing.assert_allclose(scores[0], cnn_scores(images[0]), rtol=1e-3, atol=1e-3)
+    with load(tmp_path / "m.edgekit") as session:
+        assert session.bind().inputs["image"].shape == (3, 1, 12, 12)
