@@ -136,7 +136,7 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
     stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:
-        stderr.print(f"[yellow]incomplete:[/yellow] {'; '.join(document['notes'])}")
+        stderr.print("[yellow]incomplete:[/yellow] the best found so far; the notes above say why")
 
 
 def _order(row: dict[str, Any], minimize: str) -> float:
