@@ -132,6 +132,9 @@ def _show(document: dict[str, Any]) -> None:
     _show_reasons(rows)
     where = document["conditions"]["cpu"] or document["conditions"]["arch"]
     stdout.print(f"\nmeasured on {where}, {document['threads']} threads, interleaved", markup=False)
+    stdout.print(
+        "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
+    )
     _show_confirmation(document)
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
     stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
