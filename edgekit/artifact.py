@@ -10,8 +10,9 @@ from typing import Any
 from edgekit import sandbox
 from edgekit.cache import file_sha256
 from edgekit.errors import ModelError
+from edgekit_runtime.loading import load
 from edgekit_runtime.manifest import TensorSpec
-from edgekit_runtime.session import format_of, load
+from edgekit_runtime.source import format_of
 
 __all__ = [
     "FORMAT_NAMES",

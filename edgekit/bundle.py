@@ -6,6 +6,7 @@ import hashlib
 import io
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,8 +19,10 @@ from edgekit import sandbox
 from edgekit.artifact import Artifact, TensorSpec
 from edgekit.cache import write_atomically
 from edgekit.errors import ModelError, UsageError
+from edgekit.pipeline import Pipeline
 from edgekit_runtime.arrays import read_npz, write_npz
 from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, archive_entry
+from edgekit_runtime.loading import load
 from edgekit_runtime.manifest import (
     SCHEMA,
     FileEntry,
@@ -28,7 +31,6 @@ from edgekit_runtime.manifest import (
     Tolerance,
     Variant,
 )
-from edgekit_runtime.session import load
 from edgekit_runtime.worker import synthetic_inputs
 
 __all__ = ["VariantSource", "make_golden", "write_bundle"]
@@ -48,6 +50,7 @@ class VariantSource:
     precision: str
     placement: Mapping[str, float]
     expected: Mapping[str, Any]
+    memory_bytes: int | None = None
 
 
 def write_bundle(
@@ -60,6 +63,7 @@ def write_bundle(
     profile: str,
     provenance: Mapping[str, Any],
     work: Path,
+    pipeline: Pipeline | None = None,
 ) -> Manifest:
     """Make golden outputs with each variant, hash everything, write the archive atomically.
 
@@ -70,6 +74,7 @@ def write_bundle(
         ModelError: a variant gives NaN for the golden inputs.
         UsageError: the bundle would be over 4 GiB.
     """
+    around = pipeline or Pipeline()
     contents: dict[str, bytes] = {}
     variants = []
     for source in sources:
@@ -90,17 +95,19 @@ def write_bundle(
                 source.id, source.engine, source.artifact.format, files, source.scheme,
                 source.threads, source.precision, names_in, names_out,
                 dict(source.placement), golden, dict(source.expected),
+                memory_bytes=source.memory_bytes,
             )
         )  # fmt: skip
     entries = tuple(
-        FileEntry(entry, hashlib.sha256(data).hexdigest(), len(data))
+        FileEntry(entry, hashlib.sha256(data).hexdigest(), len(data), zlib.crc32(data))
         for entry, data in sorted(contents.items())
     )
     bundle_id = hashlib.sha256("".join(e.path + e.sha256 for e in entries).encode()).hexdigest()
     manifest = Manifest(
         SCHEMA, bundle_id[:32], int(time.time()), name,
         datetime.now(UTC).isoformat(timespec="seconds"), (profile,),
-        inputs, outputs, tuple(variants), entries, provenance=dict(provenance),
+        inputs, outputs, tuple(variants), entries, around.labels, around.states,
+        around.preprocess, around.postprocess, dict(provenance),
     )  # fmt: skip
     write_atomically(path, _archive(manifest, contents))
     return manifest

@@ -4,14 +4,18 @@ Whatever the source, samples are laid out once as plain arrays in the cache and 
 memory does not grow with their number, and child processes open them by folder.
 
 A source is an `.npz` whose arrays are named like the model's inputs (first axis: samples) and
-optionally `labels`, or `module.py:function` that yields `(inputs, label)`, `inputs` being a dict
-of arrays without the sample axis and `label` a number, an array or None.
+optionally `labels`; `module.py:function` that yields `(inputs, label)`, `inputs` being a dict
+of arrays without the sample axis and `label` a number, an array or None; or a folder of files with
+a `labels.csv` of `file,label` rows. With preprocessing declared, the samples of an input that has
+steps are raw, and what is laid out is what the steps made of them.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +30,9 @@ from edgekit import sandbox
 from edgekit.artifact import TensorSpec
 from edgekit.cache import Cache, content_key, file_sha256
 from edgekit.errors import InputError, UsageError, one_line
+from edgekit.pipeline import Pipeline
+from edgekit_runtime import __version__
+from edgekit_runtime.preprocess import Preprocess
 
 __all__ = [
     "LABELS",
@@ -39,6 +46,7 @@ __all__ = [
 
 LABELS = "labels"
 _INDEX = "index.json"
+_LIST = "labels.csv"
 _HASHES = "hashes"
 #: calibration takes this many samples; PTQ ranges settle well below (NNCF's default is 300)
 CALIBRATION_SAMPLES = 200
@@ -120,7 +128,12 @@ class Split:
     note: str = ""
 
 
-def open_dataset(source: str, specs: tuple[TensorSpec, ...], cache: Cache) -> Dataset:
+def open_dataset(
+    source: str,
+    specs: tuple[TensorSpec, ...],
+    cache: Cache,
+    pipeline: Pipeline | None = None,
+) -> Dataset:
     """Lay out and check a data source against the model's inputs.
 
     Raises:
@@ -132,19 +145,31 @@ def open_dataset(source: str, specs: tuple[TensorSpec, ...], cache: Cache) -> Da
     path = Path(path_text + ".py") if is_function else Path(source)
     if not path.exists():
         raise UsageError(f"no data at {path}")
+    steps = (pipeline or Pipeline()).for_data()
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; this version reads .npz and module.py:function")
-    if not is_function and path.suffix != ".npz":
-        raise UsageError(f"{path}: data is an .npz file or module.py:function")
+        if not steps["preprocess"]:
+            raise UsageError(
+                f"{path} is a folder of files: say with --preprocess how they become inputs"
+            )
+        if not (path / _LIST).is_file():
+            raise UsageError(f"{path} has no {_LIST}; wanted a file of rows 'file,label'")
+    elif not is_function and path.suffix != ".npz":
+        raise UsageError(
+            f"{path}: data is an .npz file, a folder with {_LIST}, or module.py:function"
+        )
     request = {
         "source": str(path.resolve()),
         "function": function,
         "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in specs],
+        **steps,
     }
-    identity = file_sha256(path)
+    identity = file_sha256(*(sorted(_listed(path)) if path.is_dir() else [path]))
     if is_function:  # what it yields may change while the file does not: never reuse
         identity = hashlib.sha256(np.random.default_rng().bytes(16)).hexdigest()
-    key = content_key(kind="data", layout=2, identity=identity, inputs=request["inputs"])
+    key = content_key(
+        kind="data", layout=3, identity=identity, inputs=request["inputs"], steps=steps,
+        runtime=__version__ if steps["preprocess"] else None,
+    )  # fmt: skip
 
     def make(folder: Path) -> None:
         sandbox.call(
@@ -152,7 +177,7 @@ def open_dataset(source: str, specs: tuple[TensorSpec, ...], cache: Cache) -> Da
         )
 
     folder = cache.folder(key, make)
-    sha = identity if not is_function else _folder_sha256(folder)
+    sha = _folder_sha256(folder) if is_function or steps["preprocess"] else identity
     return Dataset(folder, sha, source)
 
 
@@ -233,14 +258,31 @@ def load_function(reference: str, *, what: str) -> Any:
 # --- in the child -------------------------------------------------------------------------------
 
 
-def lay_out(source: str, function: str, inputs: list[dict[str, Any]], folder: str) -> None:
+def lay_out(
+    source: str,
+    function: str,
+    inputs: list[dict[str, Any]],
+    folder: str,
+    *,
+    preprocess: dict[str, Any],
+    labels: list[str],
+) -> None:
     """Write a source's arrays as files and check them against the model's inputs."""
     target = Path(folder)
-    found = (
-        _from_function(f"{source}:{function}", target)
-        if function
-        else _from_npz(Path(source), target)
-    )
+    steps = {name: Preprocess(one["source"], one["steps"]) for name, one in preprocess.items()}
+    if function:
+        reference = f"{source}:{function}"
+        rows = _rows(reference, load_function(reference, what="--data"))
+        found = _from_rows(reference, _prepared(reference, rows, steps), target)
+    elif Path(source).is_dir():
+        rows = _from_folder(Path(source), list(steps), labels)
+        found = _from_rows(source, _prepared(source, rows, steps), target)
+    elif steps:
+        with tempfile.TemporaryDirectory(dir=target) as raw:
+            rows = _npz_rows(source, _from_npz(Path(source), Path(raw)), Path(raw), list(steps))
+            found = _from_rows(source, _prepared(source, rows, steps), target)
+    else:
+        found = _from_npz(Path(source), target)
     specs = [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in inputs]
     count = _check_names_and_lengths(source, found, specs)
     unused = sorted(set(found) - {s.name for s in specs} - {LABELS})
@@ -293,12 +335,91 @@ def _from_npz(path: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _from_function(reference: str, folder: Path) -> dict[str, Any]:
-    function = load_function(reference, what="--data")
+Samples = Iterator[tuple[dict[str, Any], Any]]
+
+
+def _prepared(reference: str, rows: Samples, steps: dict[str, Preprocess]) -> Samples:
+    """Rows with their raw samples made into inputs by the runtime's own code."""
+    for number, (inputs, label) in enumerate(rows):
+        ready = {}
+        for name, value in inputs.items():
+            try:
+                ready[name] = steps[name](value) if name in steps else value
+            except InputError as error:
+                what = value.name if isinstance(value, Path) else f"sample {number}"
+                raise InputError(f"{reference}: {what}: {error}") from None
+        yield ready, label
+
+
+def _npz_rows(source: str, found: dict[str, Any], folder: Path, wanted: list[str]) -> Samples:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise InputError(
+            f"{source} has the arrays {', '.join(found)}; there are steps for {missing[0]!r}"
+        )
+    counts = {name: one["shape"][0] if one["shape"] else 0 for name, one in found.items()}
+    if len(set(counts.values())) != 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{source}: arrays of different lengths: {listed}")
+    index: dict[str, Any] = {
+        "count": counts[wanted[0]], "arrays": found, "ranges": {}, "unused": []
+    }  # fmt: skip
+    (folder / _INDEX).write_text(json.dumps(index))
+    data = Dataset(folder, "", source)
+    for i in range(data.count):
+        label = None if data.labels is None else np.asarray(data.labels[i])
+        yield {name: np.asarray(array[i]) for name, array in data.arrays.items()}, label
+
+
+def _listed(folder: Path) -> list[Path]:
+    """`labels.csv` and the files it names, as far as they exist."""
+    with (folder / _LIST).open(newline="") as file:
+        names = [row[0] for row in csv.reader(file) if row]
+    return [folder / _LIST, *(p for p in (folder / name for name in names) if p.is_file())]
+
+
+def _from_folder(folder: Path, inputs: list[str], labels: list[str]) -> Samples:
+    """The files that `labels.csv` names, by path; labels are numbers or names of `labels`."""
+    if len(inputs) != 1:
+        raise InputError(f"{folder}: a folder of files is for one input, steps are for {inputs}")
+    where = folder / _LIST
+    try:
+        with where.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"cannot read {where}: {one_line(error)}") from None
+    if rows and rows[0] in (["file", "label"], ["file"]):
+        rows = rows[1:]
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) > 2:
+        raise InputError(f"{where}: wanted rows 'file,label', or 'file' alone, all alike")
+    for row in rows:
+        path = (folder / row[0]).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise InputError(f"{where} names {row[0]!r}, which is no file in {folder}")
+        yield {inputs[0]: path}, _label(where, row[1], labels) if len(row) == 2 else None
+
+
+def _label(where: Path, text: str, labels: list[str]) -> int | float:
+    if text in labels:
+        return labels.index(text)
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"{where}: {text!r} is neither a number nor one of the {len(labels)} labels declared "
+            "in the steps file"
+        ) from None
+
+
+def _from_rows(reference: str, rows: Samples, folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     kinds: dict[str, tuple[Any, tuple[int, ...]]] = {}
     count = 0
-    for inputs, label in _rows(reference, function):
+    for inputs, label in rows:
         row = dict(inputs) if label is None else {**inputs, LABELS: label}
         if count and set(row) != set(kinds):
             raise InputError(f"{reference}: sample {count} has {', '.join(row)}; the first had "
@@ -327,7 +448,7 @@ def _from_function(reference: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _rows(reference: str, function: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+def _rows(reference: str, function: Any) -> Samples:
     """What the user's function yields; its mistakes with the sample they happened at."""
     count = 0
     try:

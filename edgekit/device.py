@@ -137,7 +137,7 @@ def probe_engine(name: str) -> str | None:
     Being installed proves nothing; a package for another CPU imports and then crashes.
     """
     if engine_version(name) is None:
-        return f"not installed; pip install {ENGINES[name][2]}"
+        return f"not installed; pip install {ENGINES[name].distributions[0]}"
     try:
         sandbox.call(
             "edgekit_runtime.probe:probe",

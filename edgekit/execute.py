@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekit.data import Dataset
 from edgekit.sandbox import report_progress
-from edgekit_runtime.session import load
+from edgekit_runtime.loading import load
 
 __all__ = ["outputs_of"]
 

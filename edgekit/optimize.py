@@ -46,6 +46,7 @@ from edgekit.measure.conditions import conditions
 from edgekit.measure.report import report_html
 from edgekit.observer import Observer
 from edgekit.outcome import SCHEMA, Row, data_facts, describe, model_facts
+from edgekit.pipeline import Pipeline, read_pipeline
 from edgekit.plan import Candidate, make_plan
 from edgekit_runtime import __version__
 
@@ -74,6 +75,7 @@ class Request:
     threads: int | None = None
     seed: int = 0
     command: str = ""
+    preprocess: Path | None = None
 
 
 def optimize(
@@ -135,9 +137,14 @@ class _Run:
         check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
         with self._phase("read the model and the data"):
             self.source = open_model(request.model)
-            self.data = open_dataset(request.data, self.source.inputs, self.cache)
+            self.pipeline = Pipeline()
+            if request.preprocess:
+                self.pipeline = read_pipeline(
+                    request.preprocess, self.source.inputs, self.source.outputs
+                )
+            self.data = open_dataset(request.data, self.source.inputs, self.cache, self.pipeline)
             calibration = (
-                open_dataset(request.calibration, self.source.inputs, self.cache)
+                open_dataset(request.calibration, self.source.inputs, self.cache, self.pipeline)
                 if request.calibration
                 else None
             )
@@ -447,14 +454,15 @@ class _Run:
                     {
                         "latency_ns": chosen.measurement.latency(),
                         "metric": {self.metric: chosen.evaluation["metric"]},
-                        "peak_rss_bytes": chosen.measurement.peak_rss_bytes,
                         "conditions": self.conditions,
                     },
+                    chosen.measurement.peak_rss_bytes or None,
                 ),
             ),
             name=request.model.stem,
             inputs=self._with_facts(),
             outputs=self.source.outputs,
+            pipeline=self.pipeline,
             profile=self.profile.id,
             provenance={
                 "edgekit": __version__,

@@ -9,7 +9,7 @@ from importlib import util
 from edgekit.artifact import FORMAT_NAMES
 from edgekit.compress.quantize import QUANTIZERS
 from edgekit.compress.scheme import Scheme, schemes_for
-from edgekit.convert import missing_extra, path_between
+from edgekit.convert import EDGES, missing_extra, path_between
 from edgekit.device import DeviceProfile
 from edgekit_runtime.engines import ENGINES
 
@@ -48,14 +48,16 @@ def make_plan(
     for engine in profile.engines:
         if engine not in ENGINES:
             continue
-        fmt = ENGINES[engine][3][0]
+        fmt = ENGINES[engine].formats[0]
+        if fmt != source_format and all(edge.target != fmt for edge in EDGES):
+            continue  # nothing makes its files in this version
         for scheme in schemes:
             base = Candidate(f"{engine}-{scheme.id}", engine, fmt, scheme, threads)
             skip = _why_not(base, source_format, engine_faults.get(engine))
             found.append(replace(base, skip=skip))
     # By scheme first: fp32 everywhere tells early which engines work at all.
     rank = {scheme.id: number for number, scheme in enumerate(schemes)}
-    native = next(e for e, row in ENGINES.items() if row[3][0] == source_format)
+    native = next(e for e, row in ENGINES.items() if row.formats[0] == source_format)
     found.sort(key=lambda c: (rank[c.scheme.id], c.engine != native))
     if not found or found[0].engine != native:
         # The profile's device lacks the engine: it still is what the others are compared with.

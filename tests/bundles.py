@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 def listed(contents: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
     return tuple(
-        FileEntry(path, hashlib.sha256(data).hexdigest(), len(data))
+        FileEntry(path, hashlib.sha256(data).hexdigest(), len(data), zlib.crc32(data))
         for path, data in contents.items()
     )
 

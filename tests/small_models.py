@@ -258,9 +258,25 @@ def save_tflite(folder: Path, name: str) -> Path:
     return path
 
 
+def save_ncnn(folder: Path, name: str) -> Path:
+    import ncnn_models
+
+    return ncnn_models.save_ncnn(folder, name)
+
+
 #: engine -> how its own format is written
 SAVERS: dict[str, Callable[[Path, str], Path]] = {
     "onnxruntime": save_onnx,
     "openvino": save_openvino,
     "litert": save_tflite,
+    "ncnn": save_ncnn,
+}
+
+#: engine -> models it cannot have, and why
+LACKING = {
+    "ncnn": {
+        "two": "ncnn computes on float32 only, this model has int32",
+        "where": "ncnn computes on float32 only, this model has bool",
+        "stubborn": "ncnn reshapes 12 numbers to 2 x 2 by dropping eight, without an error",
+    }
 }

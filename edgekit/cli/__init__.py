@@ -39,6 +39,11 @@ app.command(
 app.command(
     "edgekit.cli.inspect:inspect", name="inspect", help="Show what is in a bundle or a model."
 )
+app.command(
+    "edgekit.cli.runtime_zip:runtime_zip",
+    name="runtime-zip",
+    help="Write the on-device runtime as one file.",
+)
 app.command("edgekit.cli.devices:app", name="devices", help="List and show device profiles.")
 app.command(
     "edgekit.cli.doctor:doctor",

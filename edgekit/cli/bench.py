@@ -17,7 +17,7 @@ from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_start
 from edgekit.measure.conditions import conditions
 from edgekit_runtime.bundle import Bundle, is_bundle
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
-from edgekit_runtime.session import format_of
+from edgekit_runtime.source import format_of
 
 __all__ = ["bench"]
 

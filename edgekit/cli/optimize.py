@@ -27,6 +27,7 @@ def optimize(
     for_: Annotated[str, Parameter(name="--for")],
     data: str,
     calibration: str | None = None,
+    preprocess: Path | None = None,
     metric: str | None = None,
     max_drop: float = 0.01,
     minimize: Literal["latency", "size"] = "latency",
@@ -53,10 +54,13 @@ def optimize(
     for_
         A device profile (see `edgekit devices list`), or a .toml file.
     data
-        Labelled samples: an .npz with arrays named like the model's inputs and 'labels', or
-        module.py:function yielding (inputs, label).
+        Labelled samples: an .npz with arrays named like the model's inputs and 'labels', a folder
+        of files with labels.csv, or module.py:function yielding (inputs, label).
     calibration
         Samples for int8 calibration; taken from the data otherwise.
+    preprocess
+        A .toml file with the steps from raw samples to the model's inputs, from its outputs to an
+        answer, and its state: they go into the bundle (docs/how-to/preprocess.md).
     metric
         top1 (default with labels), top5, accuracy, precision, recall, f1, auc, mae, rmse, cosine
         (against the model as it came; default without labels), or module.py:function.
@@ -80,8 +84,9 @@ def optimize(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; wanted at least 1")
     request = Request(
-        model, for_, data, out, calibration=calibration, metric=metric, max_drop=max_drop,
-        minimize=minimize, target=on, budget_s=_seconds(budget), threads=threads, seed=seed,
+        model, for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
+        max_drop=max_drop, minimize=minimize, target=on, budget_s=_seconds(budget),
+        threads=threads, seed=seed,
         command=shlex.join(["edgekit", *sys.argv[1:]]),
     )  # fmt: skip
     with TerminalObserver() as observer:

@@ -1,23 +1,26 @@
-"""`edgekit-runtime run|check|bench|info|worker`: what a device needs, without the SDK."""
+"""`edgekit-runtime run|check|bench|info|serve-stdin`: what a device needs, without the SDK."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from . import EdgeKitError, UsageError, load
+from . import EdgeKitError, UsageError, __version__, load
 from .arrays import write_npz
 from .bundle import Bundle, is_bundle
+from .engines import ENGINES
 from .errors import one_line
 from .golden import check
+from .machine import peak_rss_bytes
+from .serve import plain, serve
 from .timing import sample, summary
-from .worker import cold_start, input_arrays, main_loop, peak_rss_bytes, read_samples
+from .worker import cold_start, main_loop, raw_input, read_samples
 
 __all__ = ["main"]
 
@@ -31,7 +34,10 @@ def main(arguments: Optional[List[str]] = None, *, started_ns: Optional[int] = N
     args = parser.parse_args(arguments)
     args.started_ns = started_ns
     try:
-        code = int(args.command(args))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            code = int(args.command(args))
         sys.stdout.flush()
     except EdgeKitError as error:
         print(f"edgekit-runtime: {error}", file=sys.stderr)
@@ -39,39 +45,68 @@ def main(arguments: Optional[List[str]] = None, *, started_ns: Optional[int] = N
     except BrokenPipeError:  # nobody reads on; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("edgekit-runtime: stopped", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"edgekit-runtime: {one_line(error)}", file=sys.stderr)
         return 2
     return code
 
 
+def _show_warning(message: Any, category: Any, *_: Any) -> None:
+    """What falls back says so here: on one line of stderr."""
+    print(f"edgekit-runtime: {category.__name__}: {one_line(message)}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edgekit-runtime", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser.add_argument("--version", action="version", version=__version__)
+    shown = "{run,check,bench,info,serve-stdin}"  # worker is for edgekit on the host
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=shown)
 
-    def verb(name: str, command: Any, text: str) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=text, description=text)
+    def verb(name: str, command: Any, text: str, **options: Any) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, description=text, **options)
         one.add_argument("model", type=Path, help="a bundle (.edgekit) or a plain model file")
         one.add_argument("--variant", help="a variant of the bundle, by id")
         one.add_argument("--threads", type=int, help="threads for the engine")
-        one.add_argument("--engine", help="engine for a plain model")
-        one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        one.add_argument("--engine", help=f"for a plain model: {', '.join(ENGINES)}")
         one.set_defaults(command=command)
         return one
 
-    run = verb("run", _run, "run the model on arrays from an .npz and print or save the outputs")
-    run.add_argument("--input", type=Path, required=True, help=".npz with arrays named as inputs")
-    run.add_argument("--output", type=Path, help="save the outputs as .npz")
-    verb("check", _check, "compare the bundle's golden outputs with what it computes here")
-    bench = verb("bench", _bench, "time the model on this device")
+    def public(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        one = verb(name, command, text, help=text)
+        if name != "serve-stdin":
+            one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        return one
+
+    run = public("run", _run, "run the model on a file and print or save the answer")
+    run.add_argument(
+        "--input", action="append", required=True, metavar="[NAME=]FILE",
+        help="a sample: an image, .wav, text or any file the bundle's preprocessing takes, .npy, "
+        "or .npz with arrays named as the inputs; once per input",
+    )  # fmt: skip
+    run.add_argument("--output", type=Path, help="save the model's outputs as .npz")
+    public("check", _check, "compare the bundle's golden outputs with what it computes here")
+    bench = public("bench", _bench, "time the model on this device")
     bench.add_argument("--runs", type=int, default=200, help="timed runs (default 200)")
     bench.add_argument("--input", type=Path, help=".npz with samples; otherwise seeded noise")
     bench.add_argument("--cold", action="store_true", help="one load and one run only")
-    verb("info", _info, "show what is in the bundle or model")
+    public("info", _info, "show what is in the bundle or model")
+    served = public("serve-stdin", _serve, "answer length-prefixed requests on stdin (see docs)")
     worker = verb("worker", _worker, "measure on command (for edgekit on the host)")
     worker.add_argument("--input", type=Path, help=".npz with samples")
     for one in (worker, bench):
         one.add_argument("--precision", default="float32", help="float precision, plain models")
+    for one in (run, bench):
+        one.add_argument(
+            "--tensors", action="store_true",
+            help="the file holds the model's inputs as they are: no preprocessing",
+        )  # fmt: skip
+    for one in (run, served):
+        one.add_argument("--guard", choices=("raise", "warn"), help="look at every output")
+        one.add_argument("--isolate", action="store_true", help="the engine in its own process")
+        one.add_argument("--timeout", type=float, default=60.0, help="of an isolated call, seconds")
     return parser
 
 
@@ -79,23 +114,45 @@ def _options(args: argparse.Namespace) -> Dict[str, Any]:
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads is {args.threads}; wanted at least 1")
     options = {"variant": args.variant, "threads": args.threads, "engine": args.engine}
-    if hasattr(args, "precision"):
-        options["precision"] = args.precision
+    for name in ("precision", "guard", "isolate"):
+        if hasattr(args, name):
+            options[name] = getattr(args, name)
+    if hasattr(args, "timeout"):
+        if not args.timeout > 0:
+            raise UsageError(f"--timeout is {args.timeout:g}; wanted more than 0")
+        options["timeout_s"] = args.timeout
     return options
 
 
 def _run(args: argparse.Namespace) -> int:
     with load(args.model, **_options(args)) as session:
-        outputs = session.run(input_arrays(session, args.input))
+        raw = raw_input(session, args.input)
+        inputs = raw if args.tensors else session.preprocess(raw)
+        outputs = session.run(inputs)
+        answer = session.postprocess(outputs)
     if args.output:
         write_npz(args.output, outputs)
     if args.json:
-        shown = {name: array.tolist() for name, array in outputs.items()}
-        _print({"schema": "edgekit.run/1", "outputs": shown})
+        _print({"schema": "edgekit.run/1", "outputs": answer})
     elif not args.output:
-        for name, array in outputs.items():
-            print(f"{name} {array.dtype} {list(array.shape)}\n{array}")
+        for name, value in answer.items():
+            if hasattr(value, "dtype"):
+                print(f"{name} {value.dtype} {list(value.shape)}\n{value}")
+            else:
+                print(f"{name} {_shown(value)}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    """A postprocessed answer for a person: rows of a list each on a line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        rows = ["  ".join(f"{k} {_cell(v)}" for k, v in row.items()) for row in value]
+        return "\n" + "\n".join(f"  {row}" for row in rows)
+    return str(plain(value))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(plain(value))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -111,7 +168,10 @@ def _check(args: argparse.Namespace) -> int:
     else:
         for result in results:
             verdict = "ok" if result.ok else f"DIFFERS {result.note}"
-            print(f"{result.output}: {verdict} (largest difference {result.max_abs:.3g})")
+            print(
+                f"{result.output}: {verdict} (largest difference {result.max_abs:.3g}, "
+                f"{100 * result.worst:.3g} % of what is allowed, {result.samples} samples)"
+            )
     return 0 if ok else 1
 
 
@@ -123,38 +183,83 @@ def _bench(args: argparse.Namespace) -> int:
         _print({"schema": "edgekit.cold/1", **cold})
         return 0
     with load(args.model, **_options(args)) as session:
-        samples = itertools.cycle(read_samples(session, args.input))
-        sample(lambda: session.run(next(samples)), max(3, args.runs // 10))
-        taken = sample(lambda: session.run(next(samples)), args.runs)
+        raw = session.takes_raw and args.input is not None and not args.tensors
+        samples = itertools.cycle(read_samples(session, args.input, raw=raw))
+        call = session.predict if raw else session.run
+        sample(lambda: call(next(samples)), max(3, args.runs // 10))
+        with session.measure(capacity=args.runs) as measured:
+            taken = sample(lambda: call(next(samples)), args.runs)
         placement = str(session.placement)
+    parts = measured.summary()
     latency = summary(taken)
     if args.json:
-        _print(
-            {
-                "schema": "edgekit.bench/1",
-                "latency_ns": latency,
-                "samples_ns": taken,
-                "placement": placement,
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-        )
+        document = {
+            "schema": "edgekit.bench/1",
+            "latency_ns": latency,
+            "samples_ns": taken,
+            "parts_ns": {name: parts[name] for name in ("pre", "infer", "post")},
+            "placement": placement,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        names = ("cpu_ns", "wall_ns", "energy_j", "rss_bytes", "temperature_c", "frequency_mhz")
+        _print({**document, **{name: parts[name] for name in names}})
     else:
         shown = "  ".join(f"{k} {latency[k] / 1e6:.3f} ms" for k in ("p50", "p90", "min"))
+        split = ", ".join(f"{k} {parts[k]['p50'] / 1e6:.3f}" for k in ("pre", "infer", "post"))
         print(f"{shown}  ({latency['samples']} runs, measured here; {placement})")
+        print(f"p50 of the parts in ms: {split}")
     return 0
 
 
 def _info(args: argparse.Namespace) -> int:
     if is_bundle(args.model):
         with Bundle(args.model) as bundle:
-            print(bundle.manifest.to_json(), end="")
+            manifest = bundle.manifest
+        if args.json:
+            print(manifest.to_json(), end="")
+            return 0
+        print(f"{manifest.name}  {manifest.bundle_id}  sequence {manifest.sequence}")
+        print(f"made {manifest.created} for {', '.join(manifest.profiles)}")
+        _print_specs(manifest.inputs, manifest.outputs)
+        for name, one in manifest.preprocess.items():
+            print(f"before   {name}: {one.source}, {', '.join(str(s['op']) for s in one.steps)}")
+        if manifest.postprocess:
+            print(f"after    {', '.join(str(step['op']) for step in manifest.postprocess)}")
+        for state in manifest.states:
+            print(f"state    {state.input} <- {state.output}")
+        sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+        for variant in manifest.variants:
+            size = sum(sizes[path] for path in variant.files) / 1e6
+            print(
+                f"variant  {variant.id}: {variant.engine}, {variant.scheme}, threads "
+                f"{variant.threads}, {size:.2f} MB"
+            )
         return 0
     with load(args.model, **_options(args)) as session:
-        specs = {
-            kind: [vars(spec) for spec in getattr(session, kind)] for kind in ("inputs", "outputs")
-        }
-        _print({"schema": "edgekit.info/1", "placement": str(session.placement), **specs})
+        if args.json:
+            specs = {
+                kind: [vars(spec) for spec in getattr(session, kind)]
+                for kind in ("inputs", "outputs")
+            }
+            _print({"schema": "edgekit.info/1", "placement": str(session.placement), **specs})
+            return 0
+        print(f"{args.model}  runs on {session.placement}, version {session.engine_version}")
+        _print_specs(session.inputs, session.outputs)
     return 0
+
+
+def _print_specs(inputs: Any, outputs: Any) -> None:
+    for kind, specs in (("input", inputs), ("output", outputs)):
+        for spec in specs:
+            print(f"{kind:<8} {spec}")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    with load(args.model, **_options(args)) as session:
+        # What an engine prints must not get between the answers.
+        answers = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        return serve(session, sys.stdin.buffer, answers)
 
 
 def _worker(args: argparse.Namespace) -> int:
@@ -163,18 +268,7 @@ def _worker(args: argparse.Namespace) -> int:
 
 def _print(value: Dict[str, Any]) -> None:
     """One line of JSON. It has no NaN: those, and infinities, become null."""
-    try:
-        print(json.dumps(value, allow_nan=False))
-    except ValueError:
-        print(json.dumps(_finite(value), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(plain(value), allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import IO, Dict, Mapping, Union
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from .errors import InputError, one_line
 
-__all__ = ["read_npz", "write_npz"]
+__all__ = ["read_npy", "read_npz", "write_npz"]
 
 
 def read_npz(source: Union[Path, IO[bytes]]) -> Dict[str, np.ndarray]:
@@ -29,6 +28,22 @@ def read_npz(source: Union[Path, IO[bytes]]) -> Dict[str, np.ndarray]:
         raise InputError(f"cannot read {what}: {one_line(error)}") from None
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an `.npy`.
+
+    Raises:
+        InputError: it is missing, damaged, not an `.npy`, or holds Python objects.
+    """
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            raise InputError("it is an .npz; wanted an .npy")
+    except Exception as error:
+        raise InputError(f"cannot read {path}: {one_line(error)}") from None
+
+
 def _read(file: IO[bytes]) -> Dict[str, np.ndarray]:
     opened = np.load(file, allow_pickle=False)
     if isinstance(opened, np.ndarray):
@@ -43,6 +58,8 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    import zipfile
+
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             plain = array.astype(str) if array.dtype == object else array

@@ -8,14 +8,14 @@ two readings of one archive, and a flipped byte anywhere is found.
 
 from __future__ import annotations
 
-import hashlib
-import re
+import contextlib
+import importlib
 import struct
-import zipfile
+import sys
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 from .errors import BundleError, one_line
 from .manifest import FileEntry, Manifest
@@ -26,22 +26,28 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_BUNDLE_BYTES = (4 << 30) - (1 << 20)  # ZIP without the 64-bit extension
 MAX_ENTRIES = 4096
+_MAX_PATH = 255
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s4B4H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _DOS_DATE = 0x21  # 1980-01-01, the zero of DOS dates
 _MODE = 0o100644 << 16  # a plain file, rw-r--r--
-_PATH = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*(/[A-Za-z0-9_+-][A-Za-z0-9._+-]*)*")
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-")
 
 
 def safe_path(path: str) -> bool:
     """Whether a path inside a bundle is relative, plain ASCII, without `..` or hidden parts."""
-    return len(path) <= 255 and _PATH.fullmatch(path) is not None
+    parts = path.split("/")
+    return len(path) <= _MAX_PATH and all(
+        part and part[0] != "." and _LETTERS.issuperset(part) for part in parts
+    )
 
 
-def archive_entry(path: str, size_bytes: int) -> zipfile.ZipInfo:
-    """The canonical directory entry for a stored file."""
+def archive_entry(path: str, size_bytes: int) -> Any:
+    """The canonical directory entry for a stored file: what a writer gives to `zipfile`."""
+    import zipfile
+
     entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
     entry.create_system = 3
     entry.external_attr = _MODE
@@ -61,6 +67,40 @@ def is_bundle(path: Union[str, Path]) -> bool:
             return opened.read(4) == b"PK\x03\x04"
     except (OSError, ValueError):
         return False
+
+
+class _Entry(NamedTuple):
+    """A file in the archive's directory."""
+
+    path: str
+    size: int
+    crc32: int
+    offset: int
+
+
+def _entries(directory: bytes, count: int) -> List[_Entry]:
+    """What a directory lists; what no bundle has is refused with the reason."""
+    found = []
+    position = 0
+    for _ in range(count):
+        head = directory[position : position + _CENTRAL.size]
+        if len(head) < _CENTRAL.size or head[:4] != b"PK\x01\x02":
+            raise BundleError("not a bundle: the archive's directory is damaged")
+        fields = _CENTRAL.unpack(head)
+        method, crc, stored, size, length, extra = *fields[6:7], *fields[9:14]
+        raw = directory[position + _CENTRAL.size : position + _CENTRAL.size + length]
+        position += _CENTRAL.size + length
+        name = raw.decode("ascii", "replace")
+        if len(raw) < length or not safe_path(name):
+            raise BundleError(f"refused the path {name[:80]!r}: not a plain relative path")
+        if (fields[-2] >> 16) & 0o170000 == 0o120000:
+            raise BundleError(f"{name} is a link; only plain files are allowed")
+        if method != 0 or stored != size:
+            raise BundleError(f"{name} is compressed; bundles store files as is")
+        if extra:
+            raise BundleError(f"the archive is not canonical at {name!r}")
+        found.append(_Entry(name, size, crc, fields[-1]))
+    return found
 
 
 class Bundle:
@@ -91,8 +131,8 @@ class Bundle:
             self._file.close()
             raise
 
-    def read(self, path: str) -> bytes:
-        """The bytes of one file, compared with the manifest's hash.
+    def read(self, path: str, *, verify: bool = True) -> bytes:
+        """The bytes of one file, compared with the manifest's hash unless told otherwise.
 
         Raises:
             BundleError: the file is not in the manifest, or its hash differs.
@@ -101,7 +141,10 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path}: no file {path!r} in this bundle")
         data = self._stored(path, entry.size_bytes)
-        self._compare(entry, hashlib.sha256(data).hexdigest(), zlib.crc32(data))
+        if verify:
+            digest = self._sha256()
+            digest.update(data)
+            self._compare(entry, digest.hexdigest())
         return data
 
     def verify(self, keep: Tuple[str, ...] = ()) -> Dict[str, bytes]:
@@ -115,7 +158,7 @@ class Bundle:
             if entry.path in keep:
                 kept[entry.path] = self.read(entry.path)
             else:
-                self._compare(entry, *self._stream_hash(entry))
+                self._compare(entry, self._stream_hash(entry))
         return kept
 
     def close(self) -> None:
@@ -133,76 +176,69 @@ class Bundle:
     ) -> None:
         self.close()
 
-    def _compare(self, entry: FileEntry, found: str, crc: int) -> None:
+    def _compare(self, entry: FileEntry, found: str) -> None:
         if found != entry.sha256:
             raise BundleError(
                 f"{self.path}: {entry.path} is damaged: SHA-256 {found[:12]}..., "
                 f"the manifest says {entry.sha256[:12]}...; copy the bundle again"
             )
-        if crc != self._entries[entry.path].CRC:
-            raise BundleError(
-                f"{self.path}: {entry.path} has a wrong CRC-32: copy the bundle again"
-            )
 
-    def _read_directory(self) -> Dict[str, zipfile.ZipInfo]:
+    def _read_directory(self) -> Dict[str, _Entry]:
         """The archive's directory, after comparing every header byte with the canonical one."""
         size = self._file.seek(0, 2)
         if size == 0:
             raise BundleError("the file is empty")
         if size > MAX_BUNDLE_BYTES:
             raise BundleError(f"{size} bytes, at most {MAX_BUNDLE_BYTES} are allowed")
-        try:
-            with zipfile.ZipFile(self._file) as archive:
-                entries = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, OverflowError, EOFError, struct.error, OSError,
-                NotImplementedError) as error:  # fmt: skip
-            raise BundleError(f"not a bundle: {one_line(error)}") from None
-        if len(entries) > MAX_ENTRIES:
-            raise BundleError(f"{len(entries)} files, at most {MAX_ENTRIES} are allowed")
-        names = [e.filename for e in entries]
-        for name in names:
-            if not safe_path(name):
-                raise BundleError(f"refused the path {name[:80]!r}: not a plain relative path")
+        self._file.seek(max(0, size - _END.size))
+        end = self._file.read(_END.size)
+        if len(end) < _END.size or end[:4] != b"PK\x05\x06":
+            raise BundleError("not a bundle: no canonical archive ends here; it may be cut off")
+        _, _, _, _, count, length, start, _ = _END.unpack(end)
+        if start + length + _END.size != size:
+            raise BundleError("the archive's directory is damaged or not canonical")
+        if count > MAX_ENTRIES:
+            raise BundleError(f"{count} files, at most {MAX_ENTRIES} are allowed")
+        if length > count * (_CENTRAL.size + _MAX_PATH):
+            raise BundleError("the archive's directory is damaged or not canonical")
+        self._file.seek(start)
+        entries = _entries(self._file.read(length), count)
+        names = [entry.path for entry in entries]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise BundleError(f"the file {twice!r} is in the archive twice")
-        for entry in entries:
-            if (entry.external_attr >> 16) & 0o170000 == 0o120000:
-                raise BundleError(f"{entry.filename} is a link; only plain files are allowed")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise BundleError(f"{entry.filename} is compressed; bundles store files as is")
-            if entry.file_size > size:
-                raise BundleError(f"{entry.filename} is said to be larger than the whole bundle")
-        self._compare_headers(entries, size)
-        return {e.filename: e for e in entries}
+        self._compare_headers(entries, start, size)
+        return {entry.path: entry for entry in entries}
 
-    def _compare_headers(self, entries: List[zipfile.ZipInfo], size: int) -> None:
+    def _compare_headers(self, entries: List[_Entry], start: int, size: int) -> None:
         offset, directory = 0, b""
         for entry in entries:
-            name = entry.filename.encode("ascii")
-            times = (0, 0, 0, _DOS_DATE, entry.CRC, entry.file_size, entry.file_size, len(name), 0)
+            name = entry.path.encode("ascii")
+            times = (0, 0, 0, _DOS_DATE, entry.crc32, entry.size, entry.size, len(name), 0)
             local = _LOCAL.pack(b"PK\x03\x04", 20, *times) + name
             self._file.seek(offset)
-            if entry.header_offset != offset or self._file.read(len(local)) != local:
-                raise BundleError(f"the archive is damaged or not canonical at {entry.filename!r}")
+            if entry.offset != offset or self._file.read(len(local)) != local:
+                raise BundleError(f"the archive is damaged or not canonical at {entry.path!r}")
             directory += _CENTRAL.pack(
                 b"PK\x01\x02", 20, 3, 20, 0, *times, 0, 0, 0, _MODE, offset
             ) + name  # fmt: skip
-            offset += len(local) + entry.file_size
+            offset += len(local) + entry.size
+            if offset > start:
+                raise BundleError(f"{entry.path} is said to be larger than the whole bundle")
         count = len(entries)
         end = _END.pack(b"PK\x05\x06", 0, 0, count, count, len(directory), offset, 0)
-        self._file.seek(min(offset, size))
-        if self._file.read(len(directory) + len(end) + 1) != directory + end:
+        self._file.seek(start)
+        if offset != start or self._file.read(size) != directory + end:
             raise BundleError("the archive's directory is damaged or not canonical")
 
     def _read_manifest(self) -> bytes:
         entry = self._entries.get(MANIFEST)
         if entry is None:
             raise BundleError(f"no {MANIFEST}: not an EdgeKit bundle")
-        if entry.file_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST} has {entry.file_size} bytes, at most 4 MiB are allowed")
-        data = self._stored(MANIFEST, entry.file_size)
-        if zlib.crc32(data) != entry.CRC:
+        if entry.size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST} has {entry.size} bytes, at most 4 MiB are allowed")
+        data = self._stored(MANIFEST, entry.size)
+        if zlib.crc32(data) != entry.crc32:
             raise BundleError(f"{MANIFEST} is damaged: its checksum differs")
         return data
 
@@ -218,12 +254,14 @@ class Bundle:
         if list(self._entries) != [MANIFEST, *declared]:
             raise BundleError(f"the files are not in the order of {MANIFEST}, itself first")
         for path, entry in declared.items():
-            size = self._entries[path].file_size
+            size = self._entries[path].size
             if size != entry.size_bytes:
                 raise BundleError(f"{path} has {size} bytes, the manifest says {entry.size_bytes}")
+            if entry.crc32 != self._entries[path].crc32:  # of the archive; hashing is `verify`'s
+                raise BundleError(f"{path} has another CRC-32 in the archive than in the manifest")
 
     def _seek(self, path: str) -> None:
-        self._file.seek(self._entries[path].header_offset + _LOCAL.size + len(path))
+        self._file.seek(self._entries[path].offset + _LOCAL.size + len(path))
 
     def _stored(self, path: str, size_bytes: int) -> bytes:
         self._seek(path)
@@ -232,14 +270,25 @@ class Bundle:
             raise BundleError(f"{self.path}: the file ends inside {path}")
         return data
 
-    def _stream_hash(self, entry: FileEntry) -> Tuple[str, int]:
-        digest, crc, left = hashlib.sha256(), 0, entry.size_bytes
+    def _stream_hash(self, entry: FileEntry) -> str:
+        digest, left = self._sha256(), entry.size_bytes
         self._seek(entry.path)
         while left:
             chunk = self._file.read(min(left, 1 << 20))
             if not chunk:
                 raise BundleError(f"{self.path}: the file ends inside {entry.path}")
             digest.update(chunk)
-            crc = zlib.crc32(chunk, crc)
             left -= len(chunk)
-        return digest.hexdigest(), crc
+        return str(digest.hexdigest())
+
+    def _sha256(self) -> Any:
+        """OpenSSL's is faster, and 4 MB of library in memory that few engines bring; for less than
+        a mebibyte in all, Python's own takes milliseconds."""
+        size = sum(entry.size_bytes for entry in self.manifest.files)
+        if size < 1 << 20 and "_hashlib" not in sys.modules:
+            for name in ("_sha2", "_sha256"):  # since Python 3.12, and before
+                with contextlib.suppress(ImportError):
+                    return importlib.import_module(name).sha256()
+        import hashlib
+
+        return hashlib.sha256()

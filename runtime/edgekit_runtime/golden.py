@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional, Union
@@ -14,7 +13,8 @@ from .arrays import read_npz
 from .bundle import Bundle
 from .errors import BundleError, InputError, one_line
 from .manifest import Tolerance
-from .session import Session, open_variant
+from .session import Session
+from .source import Source
 
 __all__ = ["GoldenResult", "check", "compare", "read_arrays"]
 
@@ -27,6 +27,7 @@ class GoldenResult:
     ok: bool
     max_abs: float
     worst: float
+    samples: int
     note: str = ""
 
 
@@ -38,7 +39,8 @@ def check(
     Raises:
         BundleError: the bundle is damaged; also what `load` raises.
     """
-    with Bundle(path) as bundle, open_variant(bundle, variant, threads=threads) as session:
+    source = Source(Path(path), variant, threads)
+    with Bundle(path) as bundle, Session(source, source.open(bundle)) as session:
         chosen = session.variant
         assert chosen is not None  # noqa: S101  (sessions on bundles have one)
         inputs = read_arrays(bundle.read(chosen.golden.inputs))
@@ -82,14 +84,14 @@ def _compare_output(
     name: str, found: List[np.ndarray], expected: np.ndarray, limit: Tolerance
 ) -> GoldenResult:
     def failed(note: str) -> GoldenResult:
-        return GoldenResult(name, False, float("inf"), float("inf"), note)
+        return GoldenResult(name, False, float("inf"), float("inf"), len(found), note)
 
     for one in found:
         if one.shape != expected.shape[1:]:
             return failed(f"shape {list(one.shape)}, wanted {list(expected.shape[1:])}")
     if expected.dtype.kind not in "fiub":  # strings
         same = all(np.array_equal(one, want) for one, want in zip(found, expected))
-        return GoldenResult(name, True, 0.0, 0.0) if same else failed("other strings")
+        return GoldenResult(name, True, 0.0, 0.0, len(found)) if same else failed("other strings")
     wide, target = np.stack(found).astype(np.float64), expected.astype(np.float64)
     if not (np.isfinite(wide).all() and np.isfinite(target).all()):
         return failed("NaN or Inf")
@@ -98,7 +100,8 @@ def _compare_output(
         allowed = limit.atol + limit.rtol * np.abs(target)
         # Where nothing is allowed, 1e-300 makes any difference infinitely too large.
         worst = float(np.max(difference / np.maximum(allowed, 1e-300), initial=0.0))
-    return GoldenResult(name, worst <= 1.0, float(difference.max(initial=0.0)), worst)
+    largest = float(difference.max(initial=0.0))
+    return GoldenResult(name, worst <= 1.0, largest, worst, len(found))
 
 
 def read_arrays(data: bytes) -> Dict[str, np.ndarray]:
@@ -107,6 +110,8 @@ def read_arrays(data: bytes) -> Dict[str, np.ndarray]:
     Raises:
         BundleError: it is unreadable, or compressed and so of a size nobody declared.
     """
+    import zipfile
+
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):

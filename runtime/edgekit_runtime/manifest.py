@@ -2,9 +2,10 @@
 
 `Manifest.from_json` checks every type and refuses unknown keys and unknown schema versions:
 a device must not guess what a newer host meant.
-"""
 
-from __future__ import annotations
+The annotations are read while decoding, and so are not put off as in the other modules
+(`from __future__ import annotations`): evaluating them then takes longer than all the rest.
+"""
 
 import dataclasses
 import json
@@ -21,19 +22,28 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from .errors import BundleError, one_line
 
-__all__ = ["SCHEMA", "FileEntry", "Golden", "Manifest", "TensorSpec", "Tolerance", "Variant"]
+__all__ = [
+    "SCHEMA",
+    "FileEntry",
+    "Golden",
+    "InputSteps",
+    "Manifest",
+    "StatePair",
+    "TensorSpec",
+    "Tolerance",
+    "Variant",
+]
 
 SCHEMA = "edgekit.bundle/1"
 
 Dim = Union[int, str]
 _MAX_DEPTH = 64  # of free-form values; Python gives up somewhere between 200 and 10,000
 #: what a terminal would act on, and halves of characters that cannot be printed
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of the bundle: its path in the archive, its hash and its size."""
+    """One file of the bundle: its path in the archive, its hashes and its size."""
 
     path: str
     sha256: str
     size_bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,10 @@ class Variant:
     """One way to run the model: files for one engine, and what was promised of it.
 
     `input_names`/`output_names` are the engine's own names, in the order of the manifest's
-    specs. `placement` is the least share of operators per device (`{"CPU": 1.0}`).
+    specs. `placement` is the least share of operators per device (`{"CPU": 1.0}`), and
+    `on_misplacement` what to do when the engine does otherwise: `refuse`, `warn`, or `next` (take
+    the next variant). `machines` are those it runs on (`x86_64`, `aarch64`, `armv7l`; none: all),
+    `memory_bytes` the peak of a process that runs it.
     `expected` holds what was measured when the bundle was made, with its conditions.
     """
 
@@ -130,6 +144,25 @@ class Variant:
     placement: Dict[str, float]
     golden: Golden
     expected: Dict[str, Any] = field(default_factory=dict)
+    on_misplacement: str = "refuse"
+    machines: Tuple[str, ...] = ()
+    memory_bytes: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class StatePair:
+    """A state of a streaming model: this output is the next call's input; zeros at first."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class InputSteps:
+    """What makes an input from raw data: see `preprocess.Preprocess`."""
+
+    source: str
+    steps: Tuple[Dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -147,6 +180,9 @@ class Manifest:
     variants: Tuple[Variant, ...]
     files: Tuple[FileEntry, ...]
     labels: Optional[Tuple[str, ...]] = None
+    states: Tuple[StatePair, ...] = ()
+    preprocess: Dict[str, InputSteps] = field(default_factory=dict)
+    postprocess: Tuple[Dict[str, Any], ...] = ()
     provenance: Dict[str, Any] = field(default_factory=dict)
     signature: Optional[str] = None
 
@@ -177,7 +213,7 @@ class Manifest:
             raise BundleError(f"the manifest cannot be written: {one_line(error)}") from None
 
     @classmethod
-    def from_json(cls, text: Union[str, bytes]) -> Manifest:
+    def from_json(cls, text: Union[str, bytes]) -> "Manifest":
         """Read and check a manifest.
 
         Raises:
@@ -227,6 +263,15 @@ def _check_references(manifest: Manifest) -> None:
             raise BundleError(f"{spec.name!r} has the example {list(spec.example)}, not its shape")
         if spec.range is not None and spec.range[0] > spec.range[1]:
             raise BundleError(f"{spec.name!r} has the range {list(spec.range)}, wanted low, high")
+    ins, outs = ({s.name for s in specs} for specs in (manifest.inputs, manifest.outputs))
+    for state in manifest.states:
+        if state.input not in ins or state.output not in outs:
+            raise BundleError(
+                f"the state {state.input!r} fed by {state.output!r} is not the model's"
+            )
+    strange = sorted(set(manifest.preprocess) - ins)
+    if strange:
+        raise BundleError(f"there is preprocessing for {strange[0]!r}, which is no input")
     known = {entry.path for entry in manifest.files}
     for variant in manifest.variants:
         _check_variant(variant, manifest, known)
@@ -248,6 +293,10 @@ def _check_variant(variant: Variant, manifest: Manifest, known: Set[str]) -> Non
             raise BundleError(f"{what} names other inputs or outputs than the model: {list(names)}")
     if variant.threads < 1:
         raise BundleError(f"{what} wants {variant.threads} threads")
+    if variant.on_misplacement not in ("refuse", "warn", "next"):
+        raise BundleError(
+            f"{what} says {variant.on_misplacement!r} on misplacement; known: refuse, warn, next"
+        )
     if golden.samples < 1:
         raise BundleError(f"{what} has {golden.samples} golden samples, wanted 1 or more")
     if set(golden.tolerance) != {spec.name for spec in manifest.outputs}:
@@ -287,7 +336,12 @@ def _decode(wanted: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(wanted), get_args(wanted)
     if origin is Union:
         return _decode_union(args, value, where)
-    if wanted is str and isinstance(value, str) and _CONTROL.search(value):
+    if (
+        wanted is str
+        and isinstance(value, str)
+        and not value.isprintable()
+        and re.search(_CONTROL, value)
+    ):
         raise BundleError(f"{where} holds control characters: {json.dumps(value)[:60]}")
     if origin is tuple and isinstance(value, list):
         kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
@@ -339,7 +393,7 @@ def _type_name(wanted: Any) -> str:
 def _decode_dataclass(wanted: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {type(value).__name__}, wanted an object")
-    hints = get_type_hints(wanted, vars(sys.modules[__name__]))
+    hints = wanted.__annotations__
     fields = dataclasses.fields(wanted)
     unknown = sorted(set(value) - {f.name for f in fields})
     if unknown:

@@ -29,6 +29,15 @@ _TFLITE = (
 )
 
 
+# y = x * 2 for float32 (1, 2).
+_NCNN = {
+    "probe.param": b"7767517\n2 2\nInput in 0 1 x\nBinaryOp m 1 1 x y 0=2 1=1 2=2.0\n",
+    "probe.bin": b"",
+    "probe.json": b"""{"inputs": [{"name": "x", "dtype": "float32", "shape": [1, 2]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": [1, 2]}]}""",
+}
+
+
 def probe(engine: str) -> str:
     """Compile and run one operator; returns the engine's version.
 
@@ -36,15 +45,18 @@ def probe(engine: str) -> str:
         EngineMissingError: not installed.
         EngineError: installed, but it does not compute.
     """
+    files = {"probe.onnx": ONNX_MODEL}
+    x = np.array([[1.5, -2.0]], np.float32)
+    wanted = x + x
     if engine == "litert":
-        name, model = "probe.tflite", zlib.decompress(base64.b64decode(_TFLITE))
-        x, wanted = np.array([[1.5, -2.0]], np.float32), np.array([[3.0, -4.0]], np.float32)
+        files = {"probe.tflite": zlib.decompress(base64.b64decode(_TFLITE))}
+    elif engine == "ncnn":
+        files = _NCNN
     else:
-        name, model = "probe.onnx", ONNX_MODEL
         x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
         wanted = x @ x
     try:
-        loaded = load_engine(engine, {name: model}, Options())
+        loaded = load_engine(engine, files, Options())
         binding = loaded.bind((x.shape,))
         binding.inputs[0][...] = x
         binding.invoke()

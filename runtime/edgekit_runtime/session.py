@@ -1,235 +1,292 @@
-"""Sessions: a verified model on an engine, buffers bound once."""
+"""Sessions: a verified model on an engine, buffers bound once.
+
+What runs side by side: `run`, `stream().run`, `predict` and `refresh` of one session take turns
+(they share a lock). Each `Bound` has buffers of its own: different ones may run in different
+threads at once, one must not. Calls made with `submit` and `run_batch` run beside all of them,
+as many at once as the session has streams (`load(..., intent="throughput")`).
+"""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
-from pathlib import Path
+import time
+import weakref
 from types import MappingProxyType, TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    Type,
+)
 
 import numpy as np
 
-from .bundle import Bundle, is_bundle
-from .engines import (
-    ENGINE_OF_FORMAT,
-    ENGINES,
-    Binding,
-    Loaded,
-    Options,
-    Shapes,
-    load_engine,
-    numpy_dtype,
-)
+from .engines import Binding, Loaded, Shapes
 from .errors import (
+    ClosedError,
     EdgeKitError,
+    EngineCrashed,
     EngineError,
-    EngineMissingError,
     InputError,
     ModelError,
     UsageError,
     one_line,
 )
-from .manifest import Dim, Manifest, TensorSpec, Variant
-from .placement import Placement, enforce
+from .hooks import Hooks, Measuring
+from .lane import Lane, retried
+from .manifest import Dim, TensorSpec
+from .placement import Placement
+from .source import Opened, Source
 
-__all__ = ["Bound", "Session", "format_of", "load", "model_files", "open_variant"]
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from .guard import Guard
+    from .pool import Pool
+    from .stream import Stream
+
+__all__ = ["Bound", "Session"]
 
 _CLOSED = "the session is closed; load the model again"
-_FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino"}
-
-
-def load(
-    path: Union[str, Path],
-    *,
-    variant: Optional[str] = None,
-    threads: Optional[int] = None,
-    engine: Optional[str] = None,
-    precision: str = "float32",
-) -> Session:
-    """Load a bundle (`.edgekit`) or a plain model (`.onnx`, `.tflite`, `.xml`).
-
-    Every file of a bundle is hashed against its manifest before an engine sees one, and the
-    engine is given the verified bytes, not the path. Without `variant`, the first variant whose
-    engine is installed is taken, in the bundle's order of preference. `threads`, `engine` and
-    `precision` are for plain models; of these only `threads` overrides a bundle.
-
-    Raises:
-        BundleError: the bundle is damaged, hostile or of another schema.
-        ModelError: the model is missing or the engine refuses it.
-        EngineMissingError: no engine is installed that could run it.
-        LimitError: the engine did not place the model as the bundle promises.
-        UsageError: an option that does not exist, or not for this kind of file.
-    """
-    file = Path(path)
-    if is_bundle(file):
-        if engine is not None:
-            raise UsageError(f"{file} is a bundle: choose one of its variants, not the engine")
-        with Bundle(file) as bundle:
-            return open_variant(bundle, variant, threads=threads)
-    if variant is not None:
-        raise ModelError(f"{file} is a plain model; only bundles have variants")
-    found = format_of(file)
-    files = model_files(file)
-    chosen = ENGINE_OF_FORMAT[found] if engine is None else engine
-    if chosen in ENGINES and found not in ENGINES[chosen][3]:
-        able = ", ".join(name for name, row in ENGINES.items() if found in row[3])
-        raise UsageError(f"{chosen} does not load {file.suffix} files; {able} would")
-    loaded = load_engine(chosen, files, Options(1 if threads is None else threads, precision))
-    return Session(loaded, loaded.inputs, loaded.outputs)
-
-
-def format_of(path: Path) -> str:
-    """The format a model file's name says.
-
-    Raises:
-        ModelError: the suffix is not one the runtime knows.
-    """
-    found = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
-    if found is None:
-        known = ", ".join((".edgekit", *_FORMAT_OF_SUFFIX))
-        raise ModelError(f"{path} is not a model the runtime loads; known: {known}")
-    return found
-
-
-def model_files(path: Path) -> Dict[str, bytes]:
-    """A plain model's files by name, read into memory; an `.xml` brings its `.bin`.
-
-    Raises:
-        ModelError: a file is missing, empty or cannot be read. A `.bin` may be empty: a model
-            without weights has such a one.
-    """
-    paths = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
-    files = {}
-    for one in paths:
-        try:
-            files[one.name] = one.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            raise ModelError(f"cannot read {str(one)!r}: {reason}") from None
-        if not files[one.name] and one is path:
-            raise ModelError(f"{one} is empty")
-    return files
-
-
-def open_variant(
-    bundle: Bundle, variant_id: Optional[str] = None, *, threads: Optional[int] = None
-) -> Session:
-    """A session on one variant of an open bundle, after verifying all of it."""
-    manifest = bundle.manifest
-    wanted = list(manifest.variants) if variant_id is None else [manifest.variant(variant_id)]
-    kept = bundle.verify(keep=tuple(path for v in wanted for path in v.files))
-    missing: List[EngineMissingError] = []
-    for variant in wanted:
-        files = {path.rsplit("/", 1)[-1]: kept[path] for path in variant.files}
-        options = Options(variant.threads if threads is None else threads, variant.precision)
-        try:
-            loaded = load_engine(variant.engine, files, options)
-        except EngineMissingError as error:
-            missing.append(error)
-            continue
-        enforce(variant.placement, _placement(loaded), variant=variant.id)
-        return Session(
-            loaded, manifest.inputs, manifest.outputs, manifest=manifest, variant=variant
-        )
-    raise EngineMissingError(f"{bundle.path}: {'; '.join(map(str, missing))}")
+_FORKED = (
+    "the session was loaded before this process was forked, and engines do not survive that; "
+    "load the model again here, or start processes with the method 'spawn'"
+)
+_MAX_CRASHES = 3
+#: what `os.register_at_fork` must find; it cannot be told to forget a session
+_ALIVE: weakref.WeakSet[Session] = weakref.WeakSet()
+_REGISTERED: List[bool] = []
 
 
 class Session:
-    """A loaded model. `run` may be called from any thread; calls are serialised by a lock.
+    """A loaded model. All methods may be called from any thread.
 
     `inputs` and `outputs` are TensorSpecs. `manifest` and `variant` are None for plain models.
+    `fallbacks` says which of the bundle's variants were passed over, and why.
     """
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        inputs: Tuple[TensorSpec, ...],
-        outputs: Tuple[TensorSpec, ...],
-        *,
-        manifest: Optional[Manifest] = None,
-        variant: Optional[Variant] = None,
-    ) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.manifest, self.variant = manifest, variant
-        self.engine_version = loaded.version
-        self._loaded: Optional[Loaded] = loaded
-        self._lock = threading.Lock()
-        # Position in the engine's order -> our spec; engines may order or name things otherwise.
-        self._ordered = _match(
-            inputs, loaded.inputs, variant.input_names if variant else None, "input"
-        )
-        ordered_outputs = _match(
-            outputs, loaded.outputs, variant.output_names if variant else None, "output"
-        )
-        self._output_names = tuple(spec.name for spec in ordered_outputs)
-        self._bindings: OrderedDict[Shapes, Binding] = OrderedDict()
-        self._unbind()
+    def __init__(self, source: Source, opened: Opened, *, guard: Optional[str] = None) -> None:
+        self.hooks = Hooks(self._watch)
+        self._source, self._lock = source, threading.RLock()
+        self._guard: Optional[Guard] = None
+        if guard is not None:
+            from .guard import Guard
+
+            self._guard = Guard(guard)
+        self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self._crashes = 0
+        self._closed: Optional[str] = None
+        self._pool: Optional[Pool] = None
+        self._loaded: Optional[Loaded] = None
+        self._watch()
+        self._install(opened)
+        _survive_fork(self)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Run once; the arrays returned are the caller's own.
 
-        Other shapes than last time rebind the buffers, where the model leaves them free.
+        Other shapes than last time rebind the buffers, where the model leaves them free. A model
+        that keeps state inside the engine forgets it first: use `stream` to keep it.
 
         Raises:
             InputError: a name, dtype or shape does not fit; nothing ran.
             EngineError: the engine failed, or the session is closed.
+            GuardError: an output is not sound, and the session was loaded with `guard="raise"`.
         """
         with self._lock:
+            if self._watched:
+                return self._run_watched(self._lane, inputs)
             try:
-                ready = self._fill(inputs)
-            except (LookupError, AttributeError, TypeError):
-                ready = False  # _fit explains
-            if not ready:
-                self._fit(inputs)
-            try:
-                self._invoke()
-            except Exception as error:
-                raise EngineError(f"the engine failed: {one_line(error)}") from error
-            return self._collect()
+                return self._lane.run(inputs)
+            except EngineCrashed as crash:
+                raise self._take_over(crash) from None
+
+    def run_batch(
+        self, samples: Iterable[Mapping[str, np.ndarray]]
+    ) -> Iterator[Dict[str, np.ndarray]]:
+        """The outputs of each sample, in order, while later ones already run. Samples are taken
+        from the iterable as places become free, so that it may be endless.
+
+        Raises:
+            InputError, EngineError, GuardError: as `run`, when the sample's turn comes.
+        """
+        return self._workers().map(samples)
+
+    def submit(
+        self, inputs: Mapping[str, np.ndarray], *, timeout_s: Optional[float] = None
+    ) -> Future[Dict[str, np.ndarray]]:
+        """Run in the background; waits for a place in the queue (two per stream).
+
+        The inputs are copied: the caller may change them at once.
+
+        Raises:
+            InputError: they do not fit the model; what fails later is raised by the future.
+            QueueFullError: no place became free within `timeout_s` (None: wait).
+        """
+        return self._workers().submit(inputs, timeout_s=timeout_s)
+
+    def predict(self, raw: Any) -> Dict[str, Any]:
+        """From raw data to a readable answer, through the bundle's own pre- and postprocessing.
+
+        `raw` maps input names to what the bundle's preprocessing takes (a path or the bytes of an
+        image or a `.wav`, text, or arrays where there is none); with one input, just that.
+
+        Raises:
+            InputError: the data cannot be decoded or does not fit.
+            EngineError, GuardError: as `run`.
+        """
+        with self._lock:
+            return self._predict(raw)
+
+    def preprocess(self, raw: Any) -> Dict[str, np.ndarray]:
+        """What `predict` gives to the model for one sample."""
+        named = raw if isinstance(raw, Mapping) else {self.inputs[0].name: raw}
+        if len(named) != len(self.inputs) and not isinstance(raw, Mapping):
+            wanted = ", ".join(spec.name for spec in self.inputs)
+            raise InputError(f"one value is given for the inputs {wanted}; wanted a dict by name")
+        ready = {}
+        for name, value in named.items():
+            steps = self._preprocess.get(name)
+            array = value if steps is None else steps(value)
+            spec = next((one for one in self.inputs if one.name == name), None)
+            if steps is not None and spec is not None and array.ndim == len(spec.shape) - 1:
+                array = array[None]
+            ready[name] = array
+        return ready
+
+    def postprocess(self, outputs: Mapping[str, np.ndarray]) -> Dict[str, Any]:
+        """The bundle's answer from the model's outputs; the outputs as they are without one."""
+        return self._postprocess(outputs)
 
     def bind(self, shapes: Optional[Mapping[str, Tuple[int, ...]]] = None) -> Bound:
         """Buffers of your own for running without copies; free dimensions default to the bundle's
-        example, else to 1.
-
-        The buffers stay valid until the session is closed or bound to other shapes.
+        example, else to 1. They stay valid until the session is closed.
 
         Raises:
             InputError: a name or shape does not fit the model's inputs.
             EngineError: the engine refuses the shapes, or the session is closed.
         """
-        given = shapes or {}
-        known = tuple(s.name for s in self._ordered)
-        if not set(given) <= set(known):
-            raise InputError(
-                f"shapes are given for {', '.join(map(str, given))}; wanted: {', '.join(known)}"
-            )
-        wanted = tuple(
-            tuple(given[s.name]) if s.name in given else s.usual_shape() for s in self._ordered
-        )
-        for spec, shape in zip(self._ordered, wanted):
-            if not spec.accepts(shape) or any(size < 1 for size in shape):
-                raise InputError(f"input {spec} does not take the shape {list(shape)}")
+        with self._lock:
+            binding = self._bind(self._shapes(shapes))
+            return Bound(binding, self._lane.inputs, self._lane.outputs)
+
+    def stream(
+        self,
+        states: Optional[Mapping[str, str]] = None,
+        *,
+        shapes: Optional[Mapping[str, Tuple[int, ...]]] = None,
+    ) -> Stream:
+        """State kept from call to call, apart from every other stream's.
+
+        `states` maps inputs to the outputs fed back into them; the bundle's by default. State
+        inside the model (TFLite variables, OpenVINO's `ReadValue`) is kept as well. `shapes` are
+        those of states whose free dimensions follow from nothing the model says; else they are
+        taken from the other inputs, the bundle's example, or 1.
+
+        Raises:
+            UsageError: neither the bundle nor `states` says what the state is.
+            InputError: they do not fit the model.
+        """
+        from .stream import Stream, state_pairs
+
         with self._lock:
             loaded = self._engine()
-            binding = _bind(loaded, wanted)
-            if loaded.max_bindings == 1:
-                self._unbind()
-        return Bound(binding, known, self._output_names, lambda: self._loaded is None)
+            pairs = state_pairs(self.manifest, states, self.inputs, self.outputs)
+            if not pairs and not loaded.stateful:
+                raise UsageError(
+                    "the model has no state that the bundle knows of; name the inputs and the "
+                    "outputs fed back into them: stream({'state': 'stateN'})"
+                )
+            return Stream(self, pairs, self._lane.inputs, self._lane.outputs, shapes or {})
+
+    def warm_up(
+        self, shapes: Optional[Mapping[str, Tuple[int, ...]]] = None, *, runs: int = 3
+    ) -> None:
+        """Run on zeros, so that the first real call does not pay for what engines do lazily."""
+        with self._lock:
+            wanted = self._shapes(shapes)
+            zeros = {
+                spec.name: np.zeros(shape, object if spec.dtype == "string" else spec.dtype)
+                for spec, shape in zip(self._lane.inputs, wanted)
+            }
+            for spec in self.inputs:
+                if spec.dtype == "string":
+                    zeros[spec.name][...] = ""
+            for _ in range(runs):
+                self._lane.run(zeros)
+
+    def measure(self, *, capacity: int = 100_000, energy_j: Any = None) -> Measuring:
+        """Measure calls while the context lasts: `with session.measure() as m: ...`.
+
+        Keeps the last `capacity` calls. `energy_j` is a function that reads a meter in joules;
+        without one, the machine's own (RAPL) is read where it may be.
+        """
+        return Measuring(self.hooks, capacity, energy_j)
+
+    def refresh(self) -> bool:
+        """Move to the version that was activated since, if there is one; whether it did.
+
+        For sessions from `open_installed`. Streams, Bounds and queued calls of the former version
+        end with it.
+
+        Raises:
+            UsageError: the session is not of an installed bundle.
+            EdgeKitError: the new version cannot be loaded; the session goes on with the former.
+        """
+        newer = self._source.newer()
+        if newer is None:
+            return False
+        opened = newer.open()
+        with self._lock:
+            self._engine()
+            try:
+                if (opened.inputs, opened.outputs) != (self.inputs, self.outputs):
+                    raise ModelError(
+                        f"{newer.path} has other inputs or outputs than the version in use; "
+                        "load it anew"
+                    )
+            except ModelError:
+                opened.loaded.close()
+                raise
+            self._uninstall()
+            self._source = newer
+            self._install(opened)
+        return True
 
     @property
     def placement(self) -> Placement:
         """Which device and delegate the engine really uses."""
         with self._lock:
-            return _placement(self._engine())
+            self._engine()
+            return self._opened.placement()
+
+    @property
+    def takes_raw(self) -> bool:
+        """Whether the bundle brings preprocessing."""
+        return bool(self._preprocess)
+
+    @property
+    def strided_copies(self) -> int:
+        """How many inputs were not contiguous, and took a slower copy."""
+        return self._lane.strided_copies
 
     def close(self) -> None:
-        """Free the engine's memory. A closed session refuses to run."""
+        """Free the engine's memory. A closed session refuses to run; queued calls end first."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
         with self._lock:
-            if self._loaded is not None:
-                self._unbind()
-                self._loaded.close()
-                self._loaded = None
+            if self._closed is None:
+                self._closed = _CLOSED
+                self._uninstall()
 
     def __enter__(self) -> Session:
         return self
@@ -242,35 +299,180 @@ class Session:
     ) -> None:
         self.close()
 
+    # --- the parts share these; the lock is held ------------------------------------------------
+
+    def _install(self, opened: Opened) -> None:
+        self._opened, self._loaded = opened, opened.loaded
+        self.inputs, self.outputs = opened.inputs, opened.outputs
+        self.manifest, self.variant = opened.manifest, opened.variant
+        self.fallbacks, self.engine_version = opened.fallbacks, opened.loaded.version
+        self._lane = self._new_lane()
+        manifest = opened.manifest
+        self._preprocess: Dict[str, Callable[[Any], np.ndarray]] = {}
+        self._postprocess: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
+        if manifest is not None and manifest.preprocess:
+            from .preprocess import Preprocess  # most bundles have none: not paid for at import
+
+            for name, one in manifest.preprocess.items():
+                self._preprocess[name] = Preprocess(one.source, one.steps)
+        if manifest is not None and manifest.postprocess:
+            from .postprocess import Postprocess
+
+            names = [spec.name for spec in manifest.outputs]
+            self._postprocess = Postprocess(manifest.postprocess, names, manifest.labels)
+
+    def _uninstall(self) -> None:
+        self._lane.clear()
+        for binding in list(self._bindings):
+            binding.close()
+        if self._loaded is not None:
+            self._loaded.close()
+            self._loaded = None
+
+    def _new_lane(self) -> Lane:
+        """Buffers for one more thread."""
+        variant, loaded = self.variant, self._engine()
+        return Lane(
+            self._bind,
+            _match(self.inputs, loaded.inputs, variant.input_names if variant else None, "input"),
+            _match(
+                self.outputs, loaded.outputs, variant.output_names if variant else None, "output"
+            ),
+            stateful=loaded.stateful,
+            most=loaded.max_bindings,
+        )
+
+    def _watch(self) -> None:
+        """Runs whenever hooks come or go: without any, `run` does nothing for them."""
+        self._watched = bool(self.hooks) or self._guard is not None
+
+    def _run_watched(self, lane: Lane, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        hooks = self.hooks
+        if hooks._starts:
+            hooks.start()
+        try:
+            outputs, times = lane.run_timed(inputs)
+        except EngineCrashed as crash:
+            raise self._take_over(crash) from None
+        if self._guard is not None:
+            self._guard.check(inputs, outputs)
+        hooks.end(times)
+        return outputs
+
+    def _run_beside(self, lane: Lane, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        """A call by a worker, on buffers of its own; the session is not locked."""
+        if self._watched:
+            return self._run_watched(lane, inputs)
+        try:
+            return lane.run(inputs)
+        except EngineCrashed as crash:
+            raise self._take_over(crash) from None
+
+    def _run_stream(
+        self, stream: Stream, inputs: Mapping[str, np.ndarray]
+    ) -> Dict[str, np.ndarray]:
+        with self._lock:
+            self._engine()
+            self.hooks.start()
+            start = time.perf_counter_ns()
+            try:
+                outputs = stream._call(inputs)
+            except EngineCrashed as crash:
+                raise self._take_over(crash) from None
+            if self._watched:
+                self.hooks.end((0, time.perf_counter_ns() - start, 0))
+                if self._guard is not None:
+                    self._guard.check(inputs, outputs)
+            return outputs
+
+    def _predict(self, raw: Any) -> Dict[str, Any]:
+        clock = time.perf_counter_ns
+        start = clock()
+        inputs = self.preprocess(raw)
+        ready = clock()
+        self.hooks.start()
+        try:
+            outputs, times = self._lane.run_timed(inputs)
+        except EngineCrashed as crash:
+            raise self._take_over(crash) from None
+        if self._guard is not None:
+            self._guard.check(inputs, outputs)
+        done = clock()
+        answer = self.postprocess(outputs)
+        self.hooks.end((ready - start + times[0], times[1], times[2] + clock() - done))
+        return answer
+
+    def _workers(self) -> Pool:
+        with self._lock:
+            self._engine()
+            if self._pool is None:
+                from .pool import Pool  # threads and queues: not paid for at import
+
+                self._pool = Pool(self, self._opened.streams)
+            return self._pool
+
+    def _take_over(self, crash: EngineCrashed) -> EngineCrashed:
+        """After the engine's process died: load the next variant, or this one again. Returns what
+        to raise: the call that was lost is never repeated, it may be what kills the engine."""
+        with self._lock:
+            if crash.loaded is not self._loaded:
+                return crash  # another thread has seen to it
+            self._uninstall()
+            self._crashes += 1
+            try:
+                if self._crashes > _MAX_CRASHES:
+                    raise EngineError(f"it has died {self._crashes} times")
+                self._install(self._source.after(self._opened, str(crash)))
+            except EdgeKitError as error:
+                self._closed = f"{crash}; nothing takes over: {error}"
+                return EngineCrashed(self._closed)
+            name = "the model" if self.variant is None else f"variant {self.variant.id!r}"
+            return EngineCrashed(f"{crash}; {name} was loaded for the calls that follow")
+
+    def _abandon(self) -> None:
+        """In a forked child: the engine's threads are not here, so not even its destructors may
+        run."""
+        self._lock, self._closed, self._pool = threading.RLock(), _FORKED, None
+        for binding in list(self._bindings):
+            binding.invoke = _refuse_forked
+            _keep_for_ever(binding)
+        if self._loaded is not None:
+            _keep_for_ever(self._loaded)
+        self._lane = Lane(self._bind, self._lane.inputs, ())
+
     def _engine(self) -> Loaded:
-        if self._loaded is None:
-            raise EngineError(_CLOSED)
+        if self._closed is not None:
+            raise ClosedError(self._closed)
+        assert self._loaded is not None  # noqa: S101  (for the type checker)
         return self._loaded
 
-    def _unbind(self) -> None:
-        """Forget all buffers: the next run makes its own."""
-        self._bindings.clear()
-        self._fill: Callable[[Mapping[str, np.ndarray]], bool] = lambda _: False
-        self._invoke: Callable[[], None] = lambda: None
-        self._collect: Callable[[], Dict[str, np.ndarray]] = dict
-
-    def _fit(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Check the inputs, choose or make buffers for their shapes, and fill them."""
+    def _bind(self, shapes: Shapes) -> Binding:
         loaded = self._engine()
-        arrays = _checked(self._ordered, inputs)
-        shapes = tuple(array.shape for array in arrays)
-        binding = self._bindings.get(shapes)
-        if binding is None:
-            binding = _bind(loaded, shapes)
-            while len(self._bindings) >= loaded.max_bindings:
-                self._bindings.popitem(last=False)
-            self._bindings[shapes] = binding
-        self._bindings.move_to_end(shapes)
-        self._fill = _filler(tuple(spec.name for spec in self._ordered), binding.inputs)
-        self._invoke = binding.invoke
-        self._collect = _collector(self._output_names, binding)
-        for buffer, array in zip(binding.inputs, arrays):
-            buffer[...] = array
+        try:
+            binding = loaded.bind(shapes)
+        except EngineCrashed:
+            raise
+        except Exception as error:
+            listed = ", ".join(str(list(s)) for s in shapes)
+            raise EngineError(
+                f"the engine refused the shapes {listed}: {one_line(error)}"
+            ) from error
+        self._bindings.add(binding)
+        return binding
+
+    def _shapes(self, given: Optional[Mapping[str, Tuple[int, ...]]]) -> Shapes:
+        """Concrete shapes in the engine's order."""
+        specs, given = self._lane.inputs, given or {}
+        if not set(given) <= {spec.name for spec in specs}:
+            raise InputError(
+                f"shapes are given for {', '.join(map(str, given))}; wanted: "
+                f"{', '.join(spec.name for spec in specs)}"
+            )
+        wanted = tuple(tuple(given[s.name]) if s.name in given else s.usual_shape() for s in specs)
+        for spec, shape in zip(specs, wanted):
+            if not spec.accepts(shape) or any(size < 1 for size in shape):
+                raise InputError(f"input {spec} does not take the shape {list(shape)}")
+        return wanted
 
 
 class Bound:
@@ -279,106 +481,63 @@ class Bound:
     >>> bound = session.bind()                       # doctest: +SKIP
     >>> bound.inputs["x"][...] = x; bound(); bound.outputs["y"]   # doctest: +SKIP
 
-    `outputs` are overwritten by the next call. Not thread-safe: one Bound per thread.
+    `outputs` are overwritten by the next call. One thread at a time. Hooks and guards are not for
+    this path: nothing is between the caller and the engine.
     """
 
     def __init__(
-        self,
-        binding: Binding,
-        input_names: Tuple[str, ...],
-        output_names: Tuple[str, ...],
-        closed: Callable[[], bool],
+        self, binding: Binding, inputs: Tuple[TensorSpec, ...], outputs: Tuple[TensorSpec, ...]
     ) -> None:
-        self._binding, self._output_names = binding, output_names
+        self._binding = binding
+        self._names = tuple(spec.name for spec in outputs)
         # Read-only: an array put here in place of a buffer would never reach the engine.
-        self.inputs = MappingProxyType(dict(zip(input_names, binding.inputs)))
-        self._invoke, self._closed = binding.invoke, closed
+        self.inputs = MappingProxyType(
+            {spec.name: buffer for spec, buffer in zip(inputs, binding.inputs)}
+        )
+        self._fixed: Optional[Mapping[str, np.ndarray]] = None
 
     def __call__(self) -> None:
         """Run on what is in `inputs`.
 
         Raises:
-            EngineError: the engine failed, or the session is closed or bound to other shapes.
+            EngineError: the engine failed, or the session is closed.
         """
-        if self._closed():
-            raise EngineError(_CLOSED)
         try:
-            self._invoke()
+            self._binding.invoke()
         except Exception as error:
-            raise EngineError(f"the engine failed: {one_line(error)}") from error
+            retried(self._binding, error)
 
     @property
-    def outputs(self) -> Dict[str, np.ndarray]:
+    def outputs(self) -> Mapping[str, np.ndarray]:
         """The engine's output buffers after the last call."""
-        return dict(zip(self._output_names, self._binding.outputs))
+        if self._fixed is not None:
+            return self._fixed
+        named = MappingProxyType(dict(zip(self._names, self._binding.outputs)))
+        if self._binding.fixed_outputs:
+            self._fixed = named
+        return named
 
 
-def _filler(
-    names: Tuple[str, ...], buffers: Tuple[np.ndarray, ...]
-) -> Callable[[Mapping[str, np.ndarray]], bool]:
-    """A function that copies inputs which fit these buffers as they are; False if they do not.
-
-    A closure with a case for one input, the usual one: this is the hot path, and for a small
-    model its cost is comparable to the engine's.
-    """
-    # Strings never match: each one of an object array is to be looked at, in _checked.
-    slots = tuple(
-        (name, buffer, buffer.shape, None if buffer.dtype == object else buffer.dtype)
-        for name, buffer in zip(names, buffers)
-    )
-    count = len(slots)
-
-    def fill(inputs: Mapping[str, np.ndarray]) -> bool:
-        if len(inputs) != count:
-            return False
-        for name, buffer, shape, dtype in slots:
-            array = inputs[name]
-            if array.dtype is not dtype or array.shape != shape:
-                return False
-            buffer[...] = array
-        return True
-
-    if count != 1:
-        return fill
-    only_name, only_buffer, only_shape, only_dtype = slots[0]
-
-    def fill_one(inputs: Mapping[str, np.ndarray]) -> bool:
-        array = inputs[only_name]
-        if array.dtype is not only_dtype or array.shape != only_shape or len(inputs) != 1:
-            return False
-        only_buffer[...] = array
-        return True
-
-    return fill_one
+def _survive_fork(session: Session) -> None:
+    if not _REGISTERED and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
+        _REGISTERED.append(True)
+    _ALIVE.add(session)
 
 
-def _collector(names: Tuple[str, ...], binding: Binding) -> Callable[[], Dict[str, np.ndarray]]:
-    """A function that gives the outputs as the caller's own arrays."""
-    if len(names) == 1:
-        name = names[0]
-        if binding.fresh_outputs:
-            return lambda: {name: binding.outputs[0]}
-        return lambda: {name: binding.outputs[0].copy()}
-    if binding.fresh_outputs:
-        return lambda: dict(zip(names, binding.outputs))
-    return lambda: {name: out.copy() for name, out in zip(names, binding.outputs)}
+def _after_fork() -> None:
+    for session in list(_ALIVE):
+        session._abandon()
 
 
-def _bind(loaded: Loaded, shapes: Shapes) -> Binding:
-    try:
-        return loaded.bind(shapes)
-    except Exception as error:
-        listed = ", ".join(str(list(s)) for s in shapes)
-        raise EngineError(f"the engine refused the shapes {listed}: {one_line(error)}") from error
+def _refuse_forked() -> None:
+    raise ClosedError(_FORKED)
 
 
-def _placement(loaded: Loaded) -> Placement:
-    try:
-        return loaded.placement()
-    except EdgeKitError:
-        raise
-    except Exception as error:
-        raise EngineError(f"the engine does not say its placement: {one_line(error)}") from error
+def _keep_for_ever(value: object) -> None:
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def _match(
@@ -389,7 +548,7 @@ def _match(
 ) -> Tuple[TensorSpec, ...]:
     """Our specs in the engine's order; `names` are the engine's names in our order."""
     wanted = dict(zip(names or tuple(s.name for s in ours), ours))
-    matched = []
+    matched: List[TensorSpec] = []
     for spec in engines:
         if spec.name not in wanted:
             raise ModelError(f"the model has the {what} {spec.name!r}, the manifest does not")
@@ -408,40 +567,3 @@ def _compatible(ours: Tuple[Dim, ...], engines: Tuple[Dim, ...]) -> bool:
     return len(ours) == len(engines) and all(
         a == b or isinstance(a, str) or isinstance(b, str) for a, b in pairs
     )
-
-
-def _checked(specs: Tuple[TensorSpec, ...], inputs: Mapping[str, np.ndarray]) -> List[np.ndarray]:
-    """The arrays in order, or an InputError that says what was found and wanted."""
-    wanted = ", ".join(spec.name for spec in specs)
-    if not isinstance(inputs, Mapping):
-        raise InputError(f"run() takes a dict of arrays by input name ({wanted})")
-    if set(inputs) != {spec.name for spec in specs}:
-        found = ", ".join(map(str, inputs)) or "nothing"
-        raise InputError(f"the inputs are named {found}; wanted: {wanted}")
-    arrays = []
-    for spec in specs:
-        array = inputs[spec.name]
-        if not isinstance(array, np.ndarray):
-            kind = type(array).__name__
-            raise InputError(f"input {spec.name!r} is a {kind}; wanted a numpy {spec.dtype} array")
-        if spec.dtype == "string":
-            if not all(isinstance(one, str) for one in array.flat):
-                raise InputError(f"input {spec.name!r} has dtype {array.dtype}; wanted strings")
-        elif array.dtype != numpy_dtype(spec.dtype):
-            raise InputError(
-                f"input {spec.name!r} has dtype {_dtype_name(array.dtype)}; wanted {spec.dtype}: "
-                f"use .astype(numpy.{spec.dtype})"
-            )
-        if not spec.accepts(array.shape):
-            raise InputError(
-                f"input {spec.name!r} has shape {list(array.shape)}; wanted "
-                f"[{', '.join(map(str, spec.shape))}]"
-            )
-        if array.size == 0:
-            raise InputError(f"input {spec.name!r} is empty: shape {list(array.shape)}")
-        arrays.append(array)
-    return arrays
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype.name) if dtype.isnative else f"{dtype.name} of foreign byte order"

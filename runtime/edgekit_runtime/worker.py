@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
-from typing import IO, Any, Dict, List, Optional
+from typing import IO, Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from .arrays import read_npz
+from .arrays import read_npy, read_npz
 from .bundle import Bundle, is_bundle
 from .engines import ENGINE_OF_FORMAT, import_engine
-from .errors import EdgeKitError, EngineMissingError, InputError
-from .session import Session, format_of, load
+from .errors import EdgeKitError, EngineMissingError, InputError, UsageError
+from .loading import load
+from .machine import peak_rss_bytes
+from .session import Session
+from .source import format_of
 from .timing import sample
 
 __all__ = [
     "cold_start",
     "input_arrays",
     "main_loop",
-    "peak_rss_bytes",
+    "raw_input",
     "read_samples",
     "synthetic_inputs",
 ]
@@ -146,28 +148,11 @@ def synthetic_inputs(session: Session, *, seed: int = 0) -> Dict[str, np.ndarray
     return made
 
 
-def peak_rss_bytes() -> int:
-    """The process's peak resident memory, 0 where the system does not say.
-
-    From VmHWM on Linux: `getrusage` there starts a child at its parent's peak.
-    """
-    try:
-        with Path("/proc/self/status").open() as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def read_samples(session: Session, inputs: Optional[Path]) -> List[Dict[str, np.ndarray]]:
-    """Inputs to run: each sample of an `.npz`, as `edgekit optimize --data` takes it, or noise."""
+def read_samples(
+    session: Session, inputs: Optional[Path], *, raw: bool = False
+) -> List[Dict[str, np.ndarray]]:
+    """Inputs to run: each sample of an `.npz`, as `edgekit optimize --data` takes it, or noise.
+    `raw` samples, for the bundle's preprocessing, get no batch axis."""
     if inputs is None:
         return [synthetic_inputs(session)]
     arrays = input_arrays(session, inputs)
@@ -179,11 +164,50 @@ def read_samples(session: Session, inputs: Optional[Path]) -> List[Dict[str, np.
         )
     # With the batch axis where the model has one. [i, ...] and not [i]: a sample of a scalar
     # input is an array, too.
-    rank = {spec.name: len(spec.shape) for spec in session.inputs}
+    rank = {} if raw else {spec.name: len(spec.shape) for spec in session.inputs}
     return [
         {n: a[i : i + 1] if a.ndim == rank.get(n) else a[i, ...] for n, a in arrays.items()}
         for i in range(counts.pop())
     ]
+
+
+def raw_input(session: Session, files: Sequence[str]) -> Dict[str, Any]:
+    """One sample from files given as `[NAME=]FILE`: the arrays of an `.npz` or `.npy`; of others
+    the path, for the bundle's preprocessing to read.
+
+    Raises:
+        InputError: a file is missing or cannot be read, or a name is not an input's.
+        UsageError: a file's input is not clear.
+    """
+    names = [spec.name for spec in session.inputs]
+    found: Dict[str, Any] = {}
+    for one in files:
+        name, separator, rest = one.partition("=")
+        path = Path(one)
+        if separator and name in names and not path.exists():
+            path = Path(rest)
+        else:
+            name = names[0] if len(names) == 1 else ""
+        if path.suffix == ".npz":
+            found.update(input_arrays(session, path))
+            continue
+        if not name:
+            raise UsageError(
+                f"{one}: the model's inputs are {', '.join(names)}; say which: {names[0]}={one}"
+            )
+        if not path.is_file():
+            why = "Is a directory" if path.is_dir() else "No such file"
+            raise InputError(f"cannot read {path}: {why}")
+        if path.suffix == ".npy":
+            found[name] = read_npy(path)
+        elif session.takes_raw:
+            found[name] = path
+        else:
+            raise InputError(
+                f"{path} is no array file, and the model brings no preprocessing for it: give "
+                "an .npy or .npz, or make the bundle with --preprocess"
+            )
+    return found
 
 
 def input_arrays(session: Session, path: Path) -> Dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ The answers come from numpy (`small_models`). A new engine is one more line in E
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,22 @@ from typing import Any
 import bundles
 import numpy as np
 import pytest
-from small_models import BIAS, WEIGHTS, convolved, linear, onnx_linear, onnx_model
+from engine_cases import (
+    ENGINES,
+    FORMATS,
+    ONNX_ENGINES,
+    Models,
+    assert_linear,
+    files_of,
+    in_threads,
+    noise,
+)
+from small_models import BIAS, WEIGHTS, convolved, onnx_linear, onnx_model
 
 from edgekit_runtime import EngineError, InputError, ModelError, Session, UsageError, load
 from edgekit_runtime.errors import EngineMissingError, LimitError
 from edgekit_runtime.golden import check
 from edgekit_runtime.probe import probe
-
-ENGINES = [
-    pytest.param("onnxruntime", marks=pytest.mark.needs("onnxruntime", "onnx")),
-    pytest.param("openvino", marks=pytest.mark.needs("openvino", "onnx")),
-    pytest.param("litert", marks=pytest.mark.needs("litert")),
-]
-#: those that also load ONNX files
-ONNX_ENGINES = ENGINES[:2]
-FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "litert": "tflite"}
-
-Models = Callable[[str, str], Path]
 
 
 @pytest.fixture(params=ENGINES)
@@ -47,15 +45,6 @@ def onnx_engine(request: pytest.FixtureRequest) -> str:
 def session(engine: str, small_model: Models) -> Any:
     with load(small_model(engine, "linear")) as opened:
         yield opened
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def assert_linear(found: np.ndarray, x: np.ndarray) -> None:
-    assert found.shape == (len(x), 3)
-    np.testing.assert_allclose(found, linear(x), rtol=1e-5, atol=1e-5)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -234,6 +223,17 @@ def test_bound_buffers_run_without_copies(session: Session) -> None:
         assert_linear(bound.outputs["y"], x)
 
 
+def test_a_bound_run_again_gives_the_same(session: Session) -> None:
+    """The engine must not use its inputs' memory for anything else."""
+    bound = session.bind({"x": (2, 4)})
+    x = noise(2, 4)
+    bound.inputs["x"][...] = x
+    for _ in range(5):
+        bound()
+        assert_linear(bound.outputs["y"], x)
+    np.testing.assert_array_equal(bound.inputs["x"], x)
+
+
 def test_bound_defaults_to_one(session: Session) -> None:
     bound = session.bind()
     x = noise(1, 4)
@@ -310,24 +310,6 @@ def test_results_outlive_their_session(engine: str, small_model: Models) -> None
     assert_linear(y, X)
 
 
-def _in_threads(count: int, work: Callable[[int], None]) -> None:
-    faults: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            faults.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if faults:
-        raise faults[0]
-
-
 @pytest.mark.parametrize("sizes", [(2,), (1, 2, 3)], ids=["one-size", "several-sizes"])
 def test_eight_threads_share_a_session(session: Session, sizes: tuple[int, ...]) -> None:
     def work(number: int) -> None:
@@ -335,7 +317,7 @@ def test_eight_threads_share_a_session(session: Session, sizes: tuple[int, ...])
             x = noise(sizes[(turn + number) % len(sizes)], 4, seed=200 * number + turn)
             assert_linear(session.run({"x": x})["y"], x)
 
-    _in_threads(8, work)
+    in_threads(8, work)
 
 
 def test_threads_with_a_bound_each(session: Session) -> None:
@@ -347,7 +329,7 @@ def test_threads_with_a_bound_each(session: Session) -> None:
             bound()
             assert_linear(bound.outputs["y"], x)
 
-    _in_threads(4, work)
+    in_threads(4, work)
 
 
 def test_placement_is_what_the_engine_says(session: Session) -> None:
@@ -355,12 +337,12 @@ def test_placement_is_what_the_engine_says(session: Session) -> None:
     placement = session.placement
     assert placement.shares == {"CPU": 1.0}
     assert placement.precision == "float32"
-    assert placement.delegate in ("CPUExecutionProvider", "CPU", "XNNPACK")
+    assert placement.delegate in ("CPUExecutionProvider", "CPU", "XNNPACK", "ncnn")
     assert "CPU 100 %" in str(placement)
 
 
 def test_the_probe_computes_one_operator(engine: str) -> None:
-    assert probe(engine)[0].isdigit()
+    assert any(letter.isdigit() for letter in probe(engine))
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -391,6 +373,13 @@ def _outcomes(paths: list[Path]) -> list[tuple[str, str, str]]:
     return answers
 
 
+def _copy_beside(model: Path, copy: Path) -> None:
+    """The files that belong to a model, under the copy's name."""
+    for suffix in (".bin", ".json"):
+        if model.with_suffix(suffix).exists():
+            copy.with_suffix(suffix).write_bytes(model.with_suffix(suffix).read_bytes())
+
+
 def test_truncated_models_are_refused(engine: str, small_model: Models, tmp_path: Path) -> None:
     whole = small_model(engine, "linear")
     data = whole.read_bytes()
@@ -399,8 +388,7 @@ def test_truncated_models_are_refused(engine: str, small_model: Models, tmp_path
     for cut in cuts:
         path = tmp_path / f"{cut}{whole.suffix}"
         path.write_bytes(data[:cut])
-        if engine == "openvino":
-            path.with_suffix(".bin").write_bytes(whole.with_suffix(".bin").read_bytes())
+        _copy_beside(whole, path)
         paths.append(path)
     if engine == "openvino":
         weights = whole.with_suffix(".bin").read_bytes()
@@ -436,6 +424,7 @@ def test_another_engines_file_under_our_suffix_is_refused(
     path = tmp_path / f"other{suffix}"
     path.write_bytes(other.read_bytes())
     path.with_suffix(".bin").write_bytes(b"\0" * 64)
+    path.with_suffix(".json").write_bytes(b"{}")
     (answer,) = _outcomes([path])
     assert answer[1] == "ModelError"
 
@@ -613,9 +602,7 @@ def test_an_ir_needs_its_bin(small_model: Models, tmp_path: Path) -> None:
 
 def _bundled(engine: str, model: Path, **changes: Any) -> bytes:
     x = noise(2, 1, 4)
-    files = {f"a/{model.name}": model.read_bytes()}
-    if engine == "openvino":
-        files["a/linear.bin"] = model.with_suffix(".bin").read_bytes()
+    files = files_of(model)
     contents = {
         **files,
         "a/in.npz": bundles.npz(x=x),
@@ -649,9 +636,7 @@ def test_a_bundle_may_rename_what_the_engine_names(
     engine: str, small_model: Models, tmp_path: Path
 ) -> None:
     model = small_model(engine, "two")
-    files = {f"a/{model.name}": model.read_bytes()}
-    if engine == "openvino":
-        files["a/two.bin"] = model.with_suffix(".bin").read_bytes()
+    files = files_of(model)
     contents = {**files, "a/in.npz": b"-", "a/out.npz": b"-"}
     spec, tolerance = bundles.TensorSpec, bundles.Tolerance(0, 0)
     golden = bundles.Golden("a/in.npz", "a/out.npz", 1, {"sum": tolerance, "square": tolerance})
@@ -697,9 +682,7 @@ def test_a_manifest_that_contradicts_the_model_is_refused(
     engine: str, small_model: Models, tmp_path: Path, changes: Any, says: str
 ) -> None:
     model = small_model(engine, "linear")
-    files = {f"a/{model.name}": model.read_bytes()}
-    if engine == "openvino":
-        files["a/linear.bin"] = model.with_suffix(".bin").read_bytes()
+    files = files_of(model)
     contents = {**files, "a/in.npz": b"-", "a/out.npz": b"-"}
     variant = bundles.make_variant(engine=engine, format=FORMATS[engine], files=tuple(files))
     manifest = bundles.make_manifest(contents, variants=(variant,), **changes)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from edgekit_runtime import BundleError, Session, TensorSpec
-from edgekit_runtime import session as session_module
+from edgekit_runtime import source as source_module
 from edgekit_runtime.engines import Binding, Loaded, Options, Shapes
 from edgekit_runtime.golden import check, compare, read_arrays
 from edgekit_runtime.manifest import Tolerance
 from edgekit_runtime.placement import Placement
+from edgekit_runtime.source import Opened, Source
 
 WEIGHTS = np.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]], np.float32)
 Compute = Callable[[np.ndarray], np.ndarray]
@@ -34,7 +35,7 @@ class NumpyEngine(Loaded):
     def bind(self, shapes: Shapes) -> Binding:
         return _Binding(self._compute, np.zeros(shapes[0], self.inputs[0].dtype))
 
-    def placement(self) -> Placement:
+    def placement(self, *, operators: bool = True) -> Placement:
         return Placement({"CPU": 1.0}, "numpy", "float32")
 
 
@@ -56,7 +57,7 @@ def numpy_session(
 ) -> Session:
     x = TensorSpec("x", "float32", shape)
     y = TensorSpec("y", dtype, ("a", "b"))
-    return Session(NumpyEngine(compute, x, y), (x,), (y,))
+    return Session(Source(Path("numpy")), Opened(NumpyEngine(compute, x, y), (x,), (y,)))
 
 
 X = np.arange(12, dtype=np.float32).reshape(3, 2, 2)  # three samples of two rows
@@ -193,7 +194,7 @@ def numpy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         x, y = TensorSpec("x", "float32", ("N", 2)), TensorSpec("y", "float32", ("N", 3))
         return NumpyEngine(lambda a: a @ weights, x, y)
 
-    monkeypatch.setattr(session_module, "load_engine", load_engine)
+    monkeypatch.setattr(source_module, "load_engine", load_engine)
 
 
 def _bundle(path: Path, *, weights: np.ndarray = WEIGHTS, **golden: Any) -> Path:

@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit_runtime import BundleError, Manifest, TensorSpec
-from edgekit_runtime.manifest import FileEntry, Golden, Tolerance, Variant
+from edgekit_runtime.manifest import (
+    FileEntry,
+    Golden,
+    InputSteps,
+    StatePair,
+    Tolerance,
+    Variant,
+)
 
 CONTENTS = {"a/in.npz": b"i", "a/model.onnx": b"m", "a/out.npz": b"o", "b.tflite": b"t"}
 FULL = bundles.make_manifest(
@@ -28,9 +35,19 @@ FULL = bundles.make_manifest(
             input_names=("x", "k"), expected={"latency_ns": {"p50": 5}, "deep": [[1, None]]}
         ),
         bundles.make_variant(
-            id="b", engine="litert", format="tflite", files=("b.tflite",), input_names=("k", "x")
+            id="b",
+            engine="litert",
+            format="tflite",
+            files=("b.tflite",),
+            input_names=("k", "x"),
+            on_misplacement="next",
+            machines=("x86_64", "aarch64"),
+            memory_bytes=1 << 20,
         ),
     ),
+    states=(StatePair("x", "y"),),
+    preprocess={"x": InputSteps("image", ({"op": "resize", "size": [8, 8]},))},
+    postprocess=({"op": "softmax"},),
     labels=("cat", "größte Katze", "\U0001f408"),
     provenance={"tools": {"onnx": "1.19"}, "commands": ["edgekit optimize\n"]},
     signature="none yet",
@@ -130,7 +147,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     variants = draw(st.lists(names, min_size=1, max_size=2, unique=True))
     return bundles.make_manifest(
         {}, name=draw(names), sequence=draw(sizes), inputs=inputs, outputs=outputs,
-        files=tuple(FileEntry(p, draw(names), draw(sizes)) for p in paths),
+        files=tuple(FileEntry(p, draw(names), draw(sizes), draw(sizes)) for p in paths),
         variants=tuple(variant(name) for name in variants),
         labels=draw(st.none() | st.lists(names, max_size=3).map(tuple)),
         provenance=draw(st.dictionaries(names, anything, max_size=2)),
@@ -149,7 +166,7 @@ def test_any_manifest_comes_back_as_it_was(manifest: Manifest) -> None:
 # --- wrong types, missing and unknown keys --------------------------------------------------------
 
 #: what is free-form: inside these, any JSON is right
-_FREE = ("expected", "provenance")
+_FREE = ("expected", "provenance", "postprocess", "steps")
 
 
 def _walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -184,6 +201,7 @@ def _kind(value: Any) -> str:
 #: kinds that fit a field; the others take the kind they have in RAW only
 _KINDS = {
     "labels": {"null", "list"},
+    "variants.#.memory_bytes": {"null", "int"},
     "signature": {"null", "text"},
     "inputs.#.layout": {"null", "text"},
     "inputs.#.range": {"null", "list"},
@@ -214,7 +232,9 @@ CASES = [
 
 def test_every_field_of_every_class_is_among_the_cases() -> None:
     reached = {key for path, _ in CASES for key in path if isinstance(key, str)}
-    for kind in (Manifest, Variant, Golden, Tolerance, FileEntry, TensorSpec):
+    for kind in (
+        Manifest, Variant, Golden, Tolerance, FileEntry, TensorSpec, StatePair, InputSteps,
+    ):  # fmt: skip
         assert {field.name for field in dataclasses.fields(kind)} <= reached
     assert len(CASES) > 500
 
@@ -233,7 +253,8 @@ def _objects() -> list[tuple[Path, dict[str, Any]]]:
     return [
         (path, value)
         for path, value in _walk(RAW)
-        if isinstance(value, dict) and (not path or path[-1] not in (*_FREE, "placement"))
+        if isinstance(value, dict)
+        and (not path or path[-1] not in (*_FREE, "placement", "preprocess"))
         and "tolerance" not in path[-1:]
     ]  # fmt: skip
 
@@ -255,6 +276,12 @@ def test_missing_keys_are_refused_by_name() -> None:
         "example",
         "expected",
         "synthetic",
+        "states",
+        "preprocess",
+        "postprocess",
+        "on_misplacement",
+        "machines",
+        "memory_bytes",
     }
     tried = 0
     for path, value in _objects():

@@ -67,8 +67,9 @@ def test_it_is_small() -> None:
 def test_it_is_python_3_9(path: Path) -> None:
     tree = ast.parse(path.read_text(), feature_version=(3, 9))
     first = next(node for node in tree.body if not isinstance(node, ast.Expr))
-    assert isinstance(first, ast.ImportFrom)  # else `X | None` in a signature fails on 3.9
-    assert first.module == "__future__"
+    if path.name != "manifest.py":  # reads its annotations; it says so
+        assert isinstance(first, ast.ImportFrom)  # else `X | None` in a signature fails on 3.9
+        assert first.module == "__future__"
     for node in ast.walk(tree):  # of 3.10; the grammar cannot know
         if isinstance(node, ast.keyword):
             assert node.arg not in ("slots", "kw_only", "strict"), f"line {node.value.lineno}"
@@ -157,7 +158,8 @@ def test_help_lists_the_verbs() -> None:
         )  # fmt: skip
         assert "usage: edgekit-runtime" in done.stdout
         if line == "--help":
-            assert "{run,check,bench,info,worker}" in done.stdout
+            assert "{run,check,bench,info,serve-stdin}" in done.stdout
+            assert "worker" not in done.stdout
         assert done.stderr == ""
 
 
@@ -226,13 +228,17 @@ def test_bench_measures(run: Run) -> None:
 
 @pytest.mark.needs("onnxruntime", "onnx")
 def test_info_shows_what_is_inside(run: Run, folder: Path) -> None:
-    done = run("info good.edgekit")
+    done = run("info good.edgekit --json")
     assert json.loads(done.stdout)["schema"] == "edgekit.bundle/1"
-    done = run("info linear.onnx")
+    done = run("info linear.onnx --json")
     document = json.loads(done.stdout)
     assert document["schema"] == "edgekit.info/1"
     assert document["inputs"][0]["shape"] == ["N", 4]
     assert "CPU 100 %" in document["placement"]
+    shown = run("info good.edgekit").stdout
+    assert "input    x: float32 [N, 4]" in shown
+    assert "variant  a: onnxruntime, fp32, threads 1" in shown
+    assert "output   y: float32 [N, 3]" in run("info linear.onnx").stdout
 
 
 @pytest.mark.needs("onnxruntime", "onnx")
@@ -257,7 +263,7 @@ def test_worker_answers_until_told_to_stop(run: Run) -> None:
         ("run linear.onnx --input f64.npz", 2, "float64; wanted float32"),
         ("run linear.onnx --input samples.npz", 2, "shape [2, 1, 4]"),
         ("run linear.onnx --input none.npz", 2, "named nothing; wanted: x"),
-        ("run linear.onnx --input x.npy", 2, "wanted an .npz"),
+        ("run linear.onnx --input x.npy", 2, "shape [2, 1, 4]"),
         ("run linear.onnx --input cut.npz", 2, "cannot read cut.npz"),
         ("run linear.onnx --input torn.npz", 2, "cannot read torn.npz"),
         ("run linear.onnx --input empty.npz", 2, "cannot read empty.npz"),

@@ -6,14 +6,25 @@ An engine is one function and two classes: `load(files, options) -> Loaded`, `Lo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from ..errors import EngineError, EngineMissingError, ModelError, UsageError, one_line
+from ..errors import (
+    ClosedError,
+    EdgeKitError,
+    EngineError,
+    EngineMissingError,
+    EngineTooOldError,
+    ModelError,
+    UsageError,
+    one_line,
+)
 from ..manifest import TensorSpec
 from ..placement import Placement
 
@@ -21,6 +32,7 @@ __all__ = [
     "ENGINES",
     "ENGINE_OF_FORMAT",
     "Binding",
+    "EngineEntry",
     "Loaded",
     "Options",
     "Shapes",
@@ -33,13 +45,29 @@ __all__ = [
 
 Shapes = Tuple[Tuple[int, ...], ...]
 
-#: engine name -> (module here, package to import, `pip install` name, formats it loads)
-ENGINES: Dict[str, Tuple[str, str, str, Tuple[str, ...]]] = {
-    "onnxruntime": ("onnxruntime", "onnxruntime", "onnxruntime", ("onnx",)),
-    "openvino": ("openvino", "openvino", "openvino", ("openvino", "onnx")),
-    "litert": ("litert", "ai_edge_litert", "ai-edge-litert", ("tflite",)),
-}
-ENGINE_OF_FORMAT = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "litert"}
+
+class EngineEntry(NamedTuple):
+    """Where an engine lives: our module, the modules that provide it (the first one installed is
+    taken) with the names pip knows them by, and the formats it loads."""
+
+    module: str
+    packages: Tuple[str, ...]
+    distributions: Tuple[str, ...]
+    formats: Tuple[str, ...]
+
+
+ENGINES: Dict[str, EngineEntry] = {
+    "onnxruntime": EngineEntry("onnxruntime", ("onnxruntime",), ("onnxruntime",), ("onnx",)),
+    "openvino": EngineEntry("openvino", ("openvino",), ("openvino",), ("openvino", "onnx")),
+    "litert": EngineEntry(
+        "litert", ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
+        ("ai-edge-litert", "tflite-runtime"), ("tflite",),
+    ),
+    "ncnn": EngineEntry("ncnn", ("ncnn",), ("ncnn",), ("ncnn",)),
+}  # fmt: skip
+ENGINE_OF_FORMAT = {
+    "onnx": "onnxruntime", "openvino": "openvino", "tflite": "litert", "ncnn": "ncnn",
+}  # fmt: skip
 
 
 #: what `Options.precision` may say, and what OpenVINO calls it
@@ -49,7 +77,8 @@ MAX_THREADS = 1024  # onnxruntime 1.31 kills the process when asked for 5000
 
 @dataclass(frozen=True)
 class Options:
-    """How to load: the number of threads, and the precision floats are to be computed in.
+    """How to load: threads for a call, calls that are to run side by side (`streams`), and the
+    precision floats are to be computed in.
 
     Raises:
         UsageError: a value no engine knows.
@@ -57,30 +86,50 @@ class Options:
 
     threads: int = 1
     precision: str = "float32"
+    streams: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.threads <= MAX_THREADS:
             raise UsageError(f"{self.threads} threads asked for; wanted 1 to {MAX_THREADS}")
+        if not 1 <= self.streams <= MAX_THREADS:
+            raise UsageError(f"{self.streams} streams asked for; wanted 1 to {MAX_THREADS}")
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise UsageError(f"no float precision {self.precision!r}; known: {known}")
 
 
 class Binding(ABC):
-    """Buffers for one set of input shapes.
+    """Buffers for one set of input shapes, independent of every other binding.
 
-    `inputs` are buffers the engine reads; the caller fills them, calls `invoke`, and reads
-    `outputs`, which are valid until the next `invoke`. `outputs` may be empty before the first.
+    `inputs` are buffers the engine reads: they stay the same arrays for the binding's life. The
+    caller fills them, calls `invoke`, and reads `outputs`, which are valid until the next one.
+    A Binding is used by one thread at a time; two bindings may run in two threads.
     """
 
     inputs: Tuple[np.ndarray, ...]
     outputs: Tuple[np.ndarray, ...]
+    #: Runs once. An attribute, not a method: the engine's own call with its arguments bound, so
+    #: that nothing of ours is between the caller and the engine. Raises what the engine raises.
+    invoke: Callable[[], Any]
+    #: whether `outputs` are the same arrays after every `invoke`
+    fixed_outputs = False
     #: whether every `invoke` makes new output arrays, so that nobody need copy them
     fresh_outputs = False
 
-    @abstractmethod
-    def invoke(self) -> None:
-        """Run once. Raises what the engine raises; the session translates it."""
+    def retry(self, error: Exception) -> None:
+        """Called when `invoke` raised: run in another way, or raise `error` again."""
+        raise error
+
+    def reset(self) -> None:  # noqa: B027  (most models keep no state inside the engine)
+        """Forget the state that the model keeps inside the engine."""
+
+    def close(self) -> None:
+        """Refuse to run from now on, and let go of what only the engine needs."""
+        self.invoke = _refuse
+
+
+def _refuse() -> None:
+    raise ClosedError("the session is closed; load the model again")
 
 
 class Loaded(ABC):
@@ -89,16 +138,21 @@ class Loaded(ABC):
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
     version: str
-    #: how many bindings may live at once (LiteRT has one set of tensors)
+    #: whether the model keeps state inside the engine, a set for each binding
+    stateful = False
+    #: for how many shapes a lane keeps buffers
     max_bindings = 4
+    #: the input shapes that are most likely to come, where they are known
+    usual_shapes: Optional[Shapes] = None
 
     @abstractmethod
     def bind(self, shapes: Shapes) -> Binding:
         """Buffers for these input shapes, in the order of `inputs`."""
 
     @abstractmethod
-    def placement(self) -> Placement:
-        """What the engine says it did with the model."""
+    def placement(self, *, operators: bool = True) -> Placement:
+        """What the engine says it did with the model; `operators=False` where counting them is
+        not for free, and only the shares are wanted."""
 
     def close(self) -> None:  # noqa: B027  (most engines free by reference count)
         """Free what reference counting does not."""
@@ -108,14 +162,14 @@ def engine_version(name: str) -> Optional[str]:
     """The installed version of an engine, or None. Does not import it."""
     from importlib import metadata
 
-    try:
-        return metadata.version(ENGINES[name][2])
-    except metadata.PackageNotFoundError:
-        return None
+    for distribution in ENGINES[name].distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return None
 
 
-def import_engine(name: str) -> str:
-    """Import the engine's package; returns the name of the module here that drives it.
+def import_engine(name: str) -> Any:
+    """Import the engine's package, the first one that is installed; returns the module.
 
     Raises:
         EngineMissingError: the engine is not installed, or there is none of that name.
@@ -123,18 +177,22 @@ def import_engine(name: str) -> str:
     """
     if name not in ENGINES:
         raise EngineMissingError(f"no engine {name!r}; known: {', '.join(ENGINES)}")
-    module_name, package, distribution, _ = ENGINES[name]
+    for package in ENGINES[name].packages:
+        module = _import(package)
+        if module is not None:
+            return module
+    install = ENGINES[name].distributions[0]
+    raise EngineMissingError(f"the engine {name!r} is not installed; pip install {install}")
+
+
+def _import(package: str) -> Any:
     try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:  # a broken installation is not a missing one
-            raise EngineError(f"{package} is installed but broken: {one_line(error)}") from error
-        raise EngineMissingError(
-            f"the engine {name!r} is not installed; pip install {distribution}"
-        ) from None
+        return importlib.import_module(package)
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]:
+            return None
+        # A broken installation is not a missing one.
         raise EngineError(f"{package} is installed but broken: {one_line(error)}") from error
-    return module_name
 
 
 def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Loaded:
@@ -142,21 +200,38 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
 
     Raises:
         EngineMissingError: the engine is not installed.
+        EngineTooOldError: the model needs a newer version of the engine.
         ModelError: the engine refused the model.
         EngineError: the engine is installed but cannot be imported.
         UsageError: the engine cannot compute in the precision asked for.
     """
-    module_name = import_engine(name)
+    import_engine(name)
     if options.precision != "float32" and name != "openvino":
         raise UsageError(f"{name} computes floats in float32; {options.precision} was asked for")
     load: Callable[[Mapping[str, bytes], Options], Loaded]
-    load = importlib.import_module("." + module_name, __name__).load
+    load = importlib.import_module("." + ENGINES[name].module, __name__).load
     try:
         return load(files, options)
-    except (EngineError, ModelError):
+    except EdgeKitError:
         raise
     except Exception as error:
-        raise ModelError(f"{name} cannot load the model: {one_line(error)}") from error
+        raise _explained(name, error) from error
+
+
+#: how engines say that a model is of a later version than they know
+_TOO_NEW = (
+    r"(?i)(opset|ir.?version|domain_version).*(support|guarantee|max)|unsupported model IR"
+    r"|Didn't find op for builtin opcode|version of this (op|builtin)"
+)
+
+
+def _explained(name: str, error: Exception) -> EdgeKitError:
+    text = one_line(error)
+    if re.search(_TOO_NEW, text):
+        return EngineTooOldError(
+            f"the model needs a newer {name} than the {engine_version(name)} installed: {text}"
+        )
+    return ModelError(f"{name} cannot load the model: {text}")
 
 
 def refuse_external_data(onnx: bytes) -> None:

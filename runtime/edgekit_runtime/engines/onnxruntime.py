@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
@@ -34,7 +35,9 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
     settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     (model,) = files.values()
     refuse_external_data(model)
-    return _Loaded(ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"]))
+    session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    session._model_bytes = None  # it would keep them for `set_providers`
+    return _Loaded(session)
 
 
 class _Loaded(Loaded):
@@ -49,7 +52,7 @@ class _Loaded(Loaded):
     def bind(self, shapes: Shapes) -> Binding:
         return _Binding(self._session, self.inputs, self.outputs, shapes)
 
-    def placement(self) -> Placement:
+    def placement(self, *, operators: bool = True) -> Placement:
         counts = _assigned(self._session)
         total = sum(counts.values())
         shares = {"CPU": 1.0} if not total else {}
@@ -84,44 +87,42 @@ class _Binding(Binding):
     ) -> None:
         self._session, self._specs = session, outputs
         self._names = [spec.name for spec in outputs]
-        self._input_names = [spec.name for spec in inputs]
         self.inputs = tuple(np.zeros(s, numpy_dtype(i.dtype)) for i, s in zip(inputs, shapes))
         self.outputs = ()
-        self._io: Optional[Any] = None
-        self._varies = any(spec.dtype == "string" for spec in (*inputs, *outputs))
+        self._feed = dict(zip((spec.name for spec in inputs), self.inputs))
+        self.invoke = self._first_run
+        if any(spec.dtype == "string" for spec in (*inputs, *outputs)):
+            self._unbind()
+            return
         known = _output_shapes(inputs, outputs, shapes)
-        if known is not None and not self._varies:
-            self._bind_outputs(known)
+        if known is not None:
+            self._bind(tuple(np.zeros(s, numpy_dtype(o.dtype)) for o, s in zip(outputs, known)))
 
-    def invoke(self) -> None:
-        if self._io is not None:
-            try:
-                self._session.run_with_iobinding(self._io)
-            except Exception as error:
-                if "shape" not in str(error).lower():
-                    raise
-                # The outputs' shapes depend on the data: never bind them again.
-                self._io, self._varies = None, True
-            else:
-                return
-        feed = dict(zip(self._input_names, self.inputs))
-        results: List[np.ndarray] = self._session.run(self._names, feed)
-        self.outputs = tuple(results)
-        if not self._varies:
-            self._bind_outputs([r.shape for r in results], results)
+    def retry(self, error: Exception) -> None:
+        if not self.fixed_outputs or "shape" not in str(error).lower():
+            raise error
+        self._unbind()  # the outputs' shapes depend on the data
+        self.invoke()
 
-    def _bind_outputs(
-        self, shapes: List[Tuple[int, ...]], values: Optional[List[np.ndarray]] = None
-    ) -> None:
-        buffers = []
-        binding = self._session.io_binding()
-        for name, buffer in zip(self._input_names, self.inputs):
-            binding.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-        for index, (spec, shape) in enumerate(zip(self._specs, shapes)):
-            buffer = np.zeros(shape, numpy_dtype(spec.dtype)) if values is None else values[index]
-            binding.bind_output(spec.name, "cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
-            buffers.append(buffer)
-        self._io, self.outputs = binding, tuple(buffers)
+    def _unbind(self) -> None:
+        self.fixed_outputs, self.fresh_outputs, self.invoke = False, True, self._run
+
+    def _run(self) -> None:
+        self.outputs = tuple(self._session.run(self._names, self._feed))
+
+    def _first_run(self) -> None:
+        self._run()
+        self._bind(self.outputs)
+
+    def _bind(self, buffers: Tuple[np.ndarray, ...]) -> None:
+        io = self._session.io_binding()
+        for name, buffer in self._feed.items():
+            io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        for name, buffer in zip(self._names, buffers):
+            io.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        self.outputs, self.fixed_outputs = buffers, True
+        # What InferenceSession.run_with_iobinding calls, without its two Python frames.
+        self.invoke = partial(self._session._sess.run_with_iobinding, io._iobinding, None)
 
 
 def _output_shapes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
@@ -47,9 +48,9 @@ class _Loaded(Loaded):
 
         self._core, self._model = core, model
         self._config = {
-            "INFERENCE_NUM_THREADS": options.threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": options.threads * options.streams,
+            "NUM_STREAMS": options.streams,
+            "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
             # Without this a CPU with AVX512-BF16 computes float models in bfloat16.
             "INFERENCE_PRECISION_HINT": PRECISIONS[options.precision],
         }
@@ -59,6 +60,7 @@ class _Loaded(Loaded):
         self._static: Optional[Tuple[Shapes, Any]] = None
         self._dynamic: Optional[Any] = None
         self._sound: Set[Shapes] = set()
+        self.stateful = bool(model.get_sinks())
 
     def bind(self, shapes: Shapes) -> Binding:
         return _Binding(self._compiled(shapes), self.inputs, shapes)
@@ -87,10 +89,11 @@ class _Loaded(Loaded):
             model.reshape({port: list(s) for port, s in zip(model.inputs, shapes)})
         return model
 
-    def placement(self) -> Placement:
+    def placement(self, *, operators: bool = True) -> Placement:
         if self._static is None and self._dynamic is None:
             try:
-                self._compiled(tuple(spec.with_batch(1) for spec in self.inputs))
+                ones = tuple(spec.with_batch(1) for spec in self.inputs)
+                self._compiled(self.usual_shapes or ones)
             except Exception:  # 1 is too small for some free dimension
                 self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
         compiled = self._static[1] if self._static is not None else self._dynamic
@@ -98,7 +101,7 @@ class _Loaded(Loaded):
         devices = list(compiled.get_property("EXECUTION_DEVICES"))
         precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
         counts: Dict[str, int] = {}
-        for op in compiled.get_runtime_model().get_ordered_ops():
+        for op in compiled.get_runtime_model().get_ordered_ops() if operators else ():
             info = op.get_rt_info()
             kind = info["runtimePrecision"].astype(str) if "runtimePrecision" in info else "?"
             counts[kind] = counts.get(kind, 0) + 1
@@ -114,27 +117,34 @@ class _Binding(Binding):
     def __init__(self, compiled: Any, specs: Tuple[TensorSpec, ...], shapes: Shapes) -> None:
         import openvino as ov
 
-        self._request = compiled.create_infer_request()
+        self._request = request = compiled.create_infer_request()
         self.inputs = tuple(np.zeros(s, np.dtype(i.dtype)) for i, s in zip(specs, shapes))
         for index, buffer in enumerate(self.inputs):
-            self._request.set_input_tensor(index, ov.Tensor(buffer, shared_memory=True))
+            request.set_input_tensor(index, ov.Tensor(buffer, shared_memory=True))
         ports = compiled.outputs
-        self._count = len(ports)
-        self._varies = any(port.partial_shape.is_dynamic for port in ports)
-        self.outputs = ()
-        if not self._varies:
-            self.outputs = tuple(
-                np.zeros(tuple(port.shape), np.dtype(_DTYPES[port.element_type.get_type_name()]))
-                for port in ports
-            )
-            for index, buffer in enumerate(self.outputs):
-                self._request.set_output_tensor(index, ov.Tensor(buffer, shared_memory=True))
+        self.fixed_outputs = not any(port.partial_shape.is_dynamic for port in ports)
+        # The method under InferRequest.infer: that one builds a dictionary of copies each time.
+        plain = ov.InferRequest.__base__.infer
+        self._infer = partial(plain, request, {}, True, False)
+        if not self.fixed_outputs:
+            self._count = len(ports)
+            self.outputs, self.invoke = (), self._run
+            return
+        self.outputs = tuple(
+            np.zeros(tuple(port.shape), np.dtype(_DTYPES[port.element_type.get_type_name()]))
+            for port in ports
+        )
+        for index, buffer in enumerate(self.outputs):
+            request.set_output_tensor(index, ov.Tensor(buffer, shared_memory=True))
+        self.invoke = self._infer
 
-    def invoke(self) -> None:
-        self._request.infer()
-        if self._varies:
-            request = self._request
-            self.outputs = tuple(request.get_output_tensor(i).data for i in range(self._count))
+    def _run(self) -> None:
+        self._infer()
+        request = self._request
+        self.outputs = tuple(request.get_output_tensor(i).data for i in range(self._count))
+
+    def reset(self) -> None:
+        self._request.reset_state()
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -1,0 +1,134 @@
+"""Bundles installed on a device: versions side by side, one of them active.
+
+    ROOT/NAME/versions/<sequence>-<id>.edgekit      never changed once there
+    ROOT/NAME/active.json                           {"schema", "file"}, replaced as a whole
+
+Activating is one rename, so there is no moment without an active version, and a power cut leaves
+either the former or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any, Callable, Optional
+
+from .bundle import Bundle
+from .errors import BundleError, EdgeKitError, UsageError, one_line
+
+__all__ = ["activate", "active_file", "active_path", "install", "root_folder"]
+
+_SCHEMA = "edgekit.active/1"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_FILE = re.compile(r"[0-9]{1,20}-[0-9a-f]{8,64}\.edgekit")
+
+
+def root_folder() -> Path:
+    """Where bundles are installed: `EDGEKIT_ROOT`, else `~/.local/share/edgekit`."""
+    given = os.environ.get("EDGEKIT_ROOT")
+    return Path(given) if given else Path.home() / ".local" / "share" / "edgekit"
+
+
+def active_file(name: str, root: Optional[Path] = None) -> Path:
+    """The file that says which version is active; whether it exists or not.
+
+    Raises:
+        UsageError: no name for an installed bundle.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no name for an installed bundle; wanted letters, digits, '.', '_', '-'"
+        )
+    return (root or root_folder()) / name / "active.json"
+
+
+def active_path(active: Path) -> Path:
+    """The bundle that an `active.json` names.
+
+    Raises:
+        BundleError: it is missing or damaged, or names anything but a version beside it.
+    """
+    name = active.parent.name
+    try:
+        raw = json.loads(active.read_text())
+    except FileNotFoundError:
+        others = ", ".join(sorted(p.parent.name for p in active.parents[1].glob("*/active.json")))
+        raise BundleError(
+            f"nothing is installed under {name!r} in {active.parents[1]}; there is: "
+            f"{others or 'nothing'}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"cannot read {active}: {one_line(error)}") from None
+    file = raw.get("file") if isinstance(raw, dict) and raw.get("schema") == _SCHEMA else None
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
+        raise BundleError(f"{active} is damaged; install the bundle again")
+    path = active.parent / "versions" / file
+    if not path.is_file():
+        raise BundleError(f"{active} names {file}, which is not there; install the bundle again")
+    return path
+
+
+def install(
+    source: Path, name: str, *, root: Optional[Path] = None, activate_it: bool = True
+) -> Path:
+    """Copy a bundle to the device's store, verify the copy, and activate it; returns its path.
+
+    Raises:
+        BundleError: the copy is not a sound bundle; what was active stays so.
+        EdgeKitError: it cannot be written.
+    """
+    active = active_file(name, root)
+    versions = active.parent / "versions"
+    try:
+        versions.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as file:
+            path = _write(versions, lambda out: shutil.copyfileobj(file, out), _verified_name)
+    except OSError as error:
+        raise EdgeKitError(f"cannot install {source} as {name!r}: {one_line(error)}") from None
+    if activate_it:
+        activate(path, name, root=root)
+    return path
+
+
+def activate(path: Path, name: str, *, root: Optional[Path] = None) -> None:
+    """Make an installed version the one that `open_installed` loads.
+
+    Raises:
+        UsageError: it is not among the versions of this name.
+    """
+    active = active_file(name, root)
+    if path.parent != active.parent / "versions" or not _FILE.fullmatch(path.name):
+        raise UsageError(f"{path} is not installed under {name!r}; install it first")
+    text = json.dumps({"schema": _SCHEMA, "file": path.name}).encode()
+    _write(active.parent, lambda out: out.write(text), lambda _: active.name)
+
+
+def _verified_name(copy: Path) -> str:
+    with Bundle(copy) as bundle:
+        bundle.verify()
+        return f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
+
+
+def _write(folder: Path, write: Callable[[IO[bytes]], Any], name_of: Callable[[Path], str]) -> Path:
+    """A new file in one step: written under another name, synced, renamed."""
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        path = folder / name_of(Path(temporary))
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return path
