@@ -13,7 +13,7 @@ demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
 
 test: check
-	EDGEKIT_REQUIRE=onnxruntime,openvino,nncf,ai_edge_litert,onnx2tf,litert_quantizer,torch,sklearn \
+	EDGEKIT_REQUIRE=onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow \
 		$(BIN)/python -m pytest
 
 check: .venv/dev.stamp

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -90,7 +88,7 @@ def optimize(
         EdgeKitError: the reference model itself cannot be loaded or evaluated.
         InterruptedRunError: stopped before the reference was evaluated.
     """
-    with _until_interrupt() as cancel:
+    with sandbox.until_interrupt() as cancel:
         return _Run(request, observer or Observer(), cache or Cache(), cancel).go()
 
 
@@ -583,24 +581,3 @@ def _check_writable(folder: Path) -> None:
         if error.errno != errno.ENOSPC:
             raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     check_space(folder, least_bytes=_LEAST_FREE_BYTES)
-
-
-@contextmanager
-def _until_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that the best so far is returned; the second stops."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        print("stopping: choosing from what is known (again to stop at once)", file=sys.stderr)
-        event.set()
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

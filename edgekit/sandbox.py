@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from edgekit.errors import ChildError, EdgeKitError, by_name, one_line
 
-__all__ = ["Limits", "call", "child_environment", "report_progress"]
+__all__ = ["Limits", "call", "child_environment", "report_progress", "until_interrupt"]
 
 Progress = Callable[[int, int], None]
 
@@ -253,3 +253,24 @@ def _main() -> None:
 
 if __name__ == "__main__":
     _main()
+
+
+@contextmanager
+def until_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event, so that the best so far is returned; the second stops."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        print("stopping: choosing from what is known (again to stop at once)", file=sys.stderr)
+        event.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,7 +13,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from gather import Config, save_samples
+from gather import Config, save_folder
 
 PACKAGE = "magika==1.0.3"
 INSIDE = "magika/models/standard_v3_3"
@@ -31,16 +31,16 @@ def main() -> int:
     if not model.exists():
         print(f"[1/3] fetching {PACKAGE} and taking its model", flush=True)
         fetch(args.work)
-    data = args.work / "files.npz"
+    data = args.work / "files"
     if not data.exists():
         print("[2/3] gathering labelled files of this machine", flush=True)
-        print(save_samples(Config.read(args.work), data), flush=True)
+        print(save_folder(Config.read(args.work), data), flush=True)
 
     print("[3/3] optimizing\n", flush=True)
     bin_folder = Path(sys.executable).parent
     for command in (
         ["optimize", str(model), "--for", "this-machine", "--data", str(data),
-         "--max-drop", "0.01", "-o", str(args.out)],
+         "--preprocess", str(args.work / "steps.toml"), "--max-drop", "0.01", "-o", str(args.out)],
         ["inspect", str(args.out / "model.edgekit")],
     ):  # fmt: skip
         print(f"$ edgekit {shlex.join(command)}", flush=True)
@@ -50,6 +50,7 @@ def main() -> int:
     print(
         f"\nOpen {args.out / 'report.html'} in a browser. Run the bundle:\n"
         f"  {bin_folder / 'edgekit-runtime'} check {args.out / 'model.edgekit'}\n"
+        f"  {bin_folder / 'edgekit-runtime'} run {args.out / 'model.edgekit'} --input README.md\n"
         f"  {bin_folder / 'edgekit'} bench {args.out / 'model.edgekit'}"
     )
     return 0

@@ -8,6 +8,7 @@ at most 4096 bytes and padded with a token that is no byte.
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -15,6 +16,7 @@ import os
 import pickle
 import py_compile
 import random
+import shutil
 import sqlite3
 import sysconfig
 import tarfile
@@ -83,37 +85,84 @@ def file_features(path: Path, config: Config) -> NDArray[np.int32]:
         return features(start, file.read(config.block), config)
 
 
+def save_folder(config: Config, target: Path, roots: tuple[str, ...] = ROOTS) -> str:
+    """Write a folder of samples with `labels.csv`, and `steps.toml` beside it: what the model
+    makes of a file, and what is made of its answer. Returns what was found, for people.
+
+    Of each file only its first and last block are kept, all that the model looks at.
+    """
+    found, said = _enough(config, target.parent, roots)
+    part = target.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    with (part / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "label"])
+        for name, paths in sorted(found.items()):
+            for number, path in enumerate(paths):
+                copy = f"{name}-{number}"
+                (part / copy).write_bytes(b"".join(_blocks(path, config)))
+                rows.writerow([copy, name])
+    target.with_name("labels.txt").write_text("\n".join(config.labels) + "\n")
+    target.with_name("steps.toml").write_text(
+        'labels = "labels.txt"\n\n[inputs.bytes]\nsource = "bytes"\nsteps = [\n'
+        f'  {{ op = "head-tail", head = {config.half}, tail = {config.half}, '
+        f"block = {config.block}, strip = true, pad = {config.padding} }},\n]\n\n"
+        '[[outputs]]\nop = "top-k"\nk = 3\n'
+    )
+    part.rename(target)
+    return said
+
+
 def save_samples(config: Config, target: Path, roots: tuple[str, ...] = ROOTS) -> str:
-    """Write `bytes` and `labels` into an `.npz`; returns what was found, for people."""
-    found = find(config, roots)
-    files, types = sum(map(len, found.values())), len(found)
-    said = f"found {files} files of {types} types under {', '.join(roots)}"
-    if files < LEAST_FILES or types < LEAST_TYPES:
-        found = written(config, target.parent / "written")
-        files, types = sum(map(len, found.values())), len(found)
-        said += (
-            f"; at least {LEAST_FILES} of {LEAST_TYPES} types are needed, so {files} files of "
-            f"{types} types were written from the standard library's own sources"
-        )
+    """Write the model's inputs `bytes`, and `labels`, into an `.npz`; returns what was found."""
+    found, said = _enough(config, target.parent, roots)
     rows, labels = [], []
-    for name, samples in sorted(found.items()):
-        rows += samples
-        labels += [config.labels.index(name)] * len(samples)
+    for name, paths in sorted(found.items()):
+        rows += [file_features(path, config) for path in paths]
+        labels += [config.labels.index(name)] * len(paths)
     part = target.with_suffix(".part.npz")
     np.savez(part, bytes=np.stack(rows), labels=np.array(labels, np.int64))
     part.rename(target)
     return said
 
 
-def find(config: Config, roots: tuple[str, ...]) -> dict[str, list[NDArray[np.int32]]]:
-    """Distinct samples by type, at most `MOST_PER_TYPE` each, drawn evenly from all found."""
+def _enough(
+    config: Config, folder: Path, roots: tuple[str, ...]
+) -> tuple[dict[str, list[Path]], str]:
+    """Files of this machine by type, or, where it has few, written ones; and which it was."""
+    found = find(config, roots)
+    files, types = sum(map(len, found.values())), len(found)
+    said = f"found {files} files of {types} types under {', '.join(roots)}"
+    if files < LEAST_FILES or types < LEAST_TYPES:
+        found = written(folder / "written")
+        files, types = sum(map(len, found.values())), len(found)
+        said += (
+            f"; at least {LEAST_FILES} of {LEAST_TYPES} types are needed, so {files} files of "
+            f"{types} types were written from the standard library's own sources"
+        )
+    return found, said
+
+
+def _blocks(path: Path, config: Config) -> tuple[bytes, bytes]:
+    """All of a small file; the first and the last block of another, which read the same."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(config.block)
+        file.seek(max(config.block, size - config.block))
+        return start, file.read()
+
+
+def find(config: Config, roots: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Files with distinct samples by type, at most `MOST_PER_TYPE` each, drawn evenly."""
     paths = defaultdict(list)
     for path in _walk(roots):
         name = config.type_of_extension.get(path.suffix[1:].lower())
         if name is not None:
             paths[name].append(path)
     draw = random.Random(0)  # noqa: S311  (a repeatable sample, no secret)
-    found: dict[str, list[NDArray[np.int32]]] = {}
+    found: dict[str, list[Path]] = {}
     for name, candidates in sorted(paths.items()):
         draw.shuffle(candidates)
         samples = _distinct(candidates, config)
@@ -133,8 +182,8 @@ def _walk(roots: tuple[str, ...]) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
-def _distinct(paths: list[Path], config: Config) -> list[NDArray[np.int32]]:
-    seen: dict[bytes, NDArray[np.int32]] = {}
+def _distinct(paths: list[Path], config: Config) -> list[Path]:
+    seen: dict[bytes, Path] = {}
     for path in paths:
         if len(seen) == MOST_PER_TYPE:
             break
@@ -145,22 +194,22 @@ def _distinct(paths: list[Path], config: Config) -> list[NDArray[np.int32]]:
         except OSError:
             continue  # unreadable files are not data
         if (row != config.padding).sum() >= 64:
-            seen.setdefault(row.tobytes(), row)
+            seen.setdefault(row.tobytes(), path)
     return list(seen.values())
 
 
-def written(config: Config, folder: Path) -> dict[str, list[NDArray[np.int32]]]:
+def written(folder: Path) -> dict[str, list[Path]]:
     """A small set of many types, each file made from one standard library module's source."""
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = sorted(p for p in library.glob("*.py") if p.stat().st_size > 4096)[:40]
-    found: dict[str, list[NDArray[np.int32]]] = defaultdict(list)
+    found: dict[str, list[Path]] = defaultdict(list)
     for number, source in enumerate(sources):
         text = source.read_text(errors="replace")
         for name, write in _WRITERS.items():
             path = folder / f"{number}.{name}"
             write(path, text, source)
-            found[name].append(file_features(path, config))
+            found[name].append(path)
     return dict(found)
 
 

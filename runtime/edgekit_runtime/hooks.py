@@ -30,8 +30,8 @@ class Hooks:
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
         self._pairs: Tuple[Tuple[Optional[OnStart], Optional[OnEnd]], ...] = ()
-        self._starts: Tuple[OnStart, ...] = ()
-        self._ends: Tuple[OnEnd, ...] = ()
+        self.starts: Tuple[OnStart, ...] = ()
+        self.ends: Tuple[OnEnd, ...] = ()
 
     def add(
         self, on_start: Optional[OnStart] = None, on_end: Optional[OnEnd] = None
@@ -44,7 +44,7 @@ class Hooks:
 
     def start(self) -> None:
         """Call every `on_start`."""
-        for call in self._starts:
+        for call in self.starts:
             try:
                 call()
             except Exception as error:  # noqa: PERF203  (there are one or two)
@@ -52,7 +52,7 @@ class Hooks:
 
     def end(self, times: Times) -> None:
         """Call every `on_end`."""
-        for call in self._ends:
+        for call in self.ends:
             try:
                 call(times)
             except Exception as error:  # noqa: PERF203  (there are one or two)
@@ -66,8 +66,8 @@ class Hooks:
         self._sort()
 
     def _sort(self) -> None:
-        self._starts = tuple(one[0] for one in self._pairs if one[0] is not None)
-        self._ends = tuple(one[1] for one in self._pairs if one[1] is not None)
+        self.starts = tuple(one[0] for one in self._pairs if one[0] is not None)
+        self.ends = tuple(one[1] for one in self._pairs if one[1] is not None)
         self._changed()
 
     def _fault(self, call: Any, error: Exception) -> None:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
 from .engines import Binding, Shapes, numpy_dtype
 from .errors import EdgeKitError, EngineError, InputError, one_line
 from .manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from .guard import Guard
+    from .hooks import Hooks
 
 __all__ = ["Lane", "Times", "checked", "retried"]
 
@@ -62,8 +66,19 @@ class Lane:
             self._retry(error)
         return self._collect()
 
-    def run_timed(self, inputs: Arrays) -> Tuple[Dict[str, np.ndarray], Times]:
-        """The same, with the time of each part."""
+    def run_watched(
+        self,
+        inputs: Arrays,
+        hooks: Hooks,
+        guard: Optional[Guard],
+        *,
+        pre_ns: int = 0,
+        finish: Optional[Callable[[Dict[str, np.ndarray]], Any]] = None,
+    ) -> Any:
+        """As `run`, with hooks and a guard. `pre_ns` was spent on the inputs before; `finish` makes
+        the answer from the outputs, and its time counts as theirs."""
+        if hooks.starts:
+            hooks.start()
         start = clock()
         try:
             ready = self._fill(inputs)
@@ -77,8 +92,14 @@ class Lane:
         except Exception as error:
             self._retry(error)
         done = clock()
-        outputs = self._collect()
-        return outputs, (filled - start, done - filled, clock() - done)
+        outputs: Any = self._collect()
+        if guard is not None:
+            guard.check(inputs, outputs)
+        if finish is not None:
+            outputs = finish(outputs)
+        if hooks.ends:
+            hooks.end((pre_ns + filled - start, done - filled, clock() - done))
+        return outputs
 
     def fit(self, inputs: Arrays) -> None:
         """Check the inputs, choose or make buffers for their shapes, and fill them.

@@ -31,6 +31,7 @@ import numpy as np
 
 from .engines import Binding, Loaded, Shapes
 from .errors import (
+    BundleError,
     ClosedError,
     EdgeKitError,
     EngineCrashed,
@@ -102,9 +103,11 @@ class Session:
             GuardError: an output is not sound, and the session was loaded with `guard="raise"`.
         """
         with self._lock:
-            if self._watched:
-                return self._run_watched(self._lane, inputs)
             try:
+                if self._watched:
+                    found: Dict[str, np.ndarray]
+                    found = self._lane.run_watched(inputs, self.hooks, self._guard)
+                    return found
                 return self._lane.run(inputs)
             except EngineCrashed as crash:
                 raise self._take_over(crash) from None
@@ -155,7 +158,10 @@ class Session:
         ready = {}
         for name, value in named.items():
             steps = self._preprocess.get(name)
-            array = value if steps is None else steps(value)
+            try:
+                array = value if steps is None else steps(value)
+            except InputError as error:
+                raise InputError(f"input {name!r}: {error}") from None
             spec = next((one for one in self.inputs if one.name == name), None)
             if steps is not None and spec is not None and array.ndim == len(spec.shape) - 1:
                 array = array[None]
@@ -310,16 +316,19 @@ class Session:
         manifest = opened.manifest
         self._preprocess: Dict[str, Callable[[Any], np.ndarray]] = {}
         self._postprocess: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
-        if manifest is not None and manifest.preprocess:
-            from .preprocess import Preprocess  # most bundles have none: not paid for at import
+        try:
+            if manifest is not None and manifest.preprocess:
+                from .preprocess import Preprocess  # most have none: not paid for at import
 
-            for name, one in manifest.preprocess.items():
-                self._preprocess[name] = Preprocess(one.source, one.steps)
-        if manifest is not None and manifest.postprocess:
-            from .postprocess import Postprocess
+                for name, one in manifest.preprocess.items():
+                    self._preprocess[name] = Preprocess(one.source, one.steps)
+            if manifest is not None and manifest.postprocess:
+                from .postprocess import Postprocess
 
-            names = [spec.name for spec in manifest.outputs]
-            self._postprocess = Postprocess(manifest.postprocess, names, manifest.labels)
+                names = [spec.name for spec in manifest.outputs]
+                self._postprocess = Postprocess(manifest.postprocess, names, manifest.labels)
+        except UsageError as error:
+            raise BundleError(f"the bundle's processing is not understood: {error}") from None
 
     def _uninstall(self) -> None:
         self._lane.clear()
@@ -346,24 +355,12 @@ class Session:
         """Runs whenever hooks come or go: without any, `run` does nothing for them."""
         self._watched = bool(self.hooks) or self._guard is not None
 
-    def _run_watched(self, lane: Lane, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        hooks = self.hooks
-        if hooks._starts:
-            hooks.start()
-        try:
-            outputs, times = lane.run_timed(inputs)
-        except EngineCrashed as crash:
-            raise self._take_over(crash) from None
-        if self._guard is not None:
-            self._guard.check(inputs, outputs)
-        hooks.end(times)
-        return outputs
-
     def _run_beside(self, lane: Lane, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """A call by a worker, on buffers of its own; the session is not locked."""
-        if self._watched:
-            return self._run_watched(lane, inputs)
         try:
+            if self._watched:
+                found: Dict[str, np.ndarray] = lane.run_watched(inputs, self.hooks, self._guard)
+                return found
             return lane.run(inputs)
         except EngineCrashed as crash:
             raise self._take_over(crash) from None
@@ -386,20 +383,15 @@ class Session:
             return outputs
 
     def _predict(self, raw: Any) -> Dict[str, Any]:
-        clock = time.perf_counter_ns
-        start = clock()
+        start = time.perf_counter_ns()
         inputs = self.preprocess(raw)
-        ready = clock()
-        self.hooks.start()
+        pre_ns = time.perf_counter_ns() - start
         try:
-            outputs, times = self._lane.run_timed(inputs)
+            answer: Dict[str, Any] = self._lane.run_watched(
+                inputs, self.hooks, self._guard, pre_ns=pre_ns, finish=self.postprocess
+            )
         except EngineCrashed as crash:
             raise self._take_over(crash) from None
-        if self._guard is not None:
-            self._guard.check(inputs, outputs)
-        done = clock()
-        answer = self.postprocess(outputs)
-        self.hooks.end((ready - start + times[0], times[1], times[2] + clock() - done))
         return answer
 
     def _workers(self) -> Pool:

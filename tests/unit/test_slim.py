@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import io
 import json
 import pkgutil
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,11 +58,53 @@ def test_importing_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert own_ns < 0.3 * numpy_ns
 
 
-def test_it_is_small() -> None:
-    lines = {path: len(path.read_text().splitlines()) for path in SOURCES}
-    assert sum(lines.values()) < 2500
-    assert max(lines.values()) < 600
+def _code_lines(path: Path) -> int:
+    """Lines that hold code: neither blank, nor comment, nor docstring."""
+    text = path.read_text()
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) or not body:
+            continue
+        if ast.get_docstring(node) is not None:
+            documentation.update(range(body[0].lineno, (body[0].end_lineno or 0) + 1))
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (*nothing, tokenize.ENDMARKER):
+            found.update(range(token.start[0], token.end[0] + 1))
+    return len(found - documentation)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_little_is_loaded(folder: Path) -> None:
+    """A verified bundle that runs: what of this package that takes (see docs/adr/0004)."""
+    code = (
+        "import sys, numpy\nfrom edgekit_runtime import load\n"
+        f"session = load(r'{folder}/good.edgekit')\n"
+        "session.run({'x': numpy.zeros((1, 4), 'float32')})\n"
+        "print(*[m.__file__ for n, m in sys.modules.items() if n.startswith('edgekit_runtime')])"
+    )
+    loaded = [Path(text) for text in _python(code).split()]
+    assert len(loaded) >= 8
+    assert sum(map(_code_lines, loaded)) < 2500
+    assert not {"isolate", "preprocess", "pool", "installed"} & {path.stem for path in loaded}
+
+
+def test_modules_stay_readable() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
+    assert max(lengths.values()) < 600
     assert len(SOURCES) >= 14
+
+
+def test_the_wheel_is_small(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=FOLDER.parent, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 120_000
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FOLDER)))
