@@ -85,10 +85,11 @@ def decode_image(
 
 
 def _taps(n: int, m: int, method: str, antialias: bool) -> Tuple[np.ndarray, np.ndarray]:
-    """Which of `n` pixels make each of `m`, and their shares: int64 and float32 (taps, m)."""
+    """Which of `n` pixels make each of `m`, and their shares: intp and float32 (taps, m)."""
     to = np.arange(m, dtype=np.int64)
     if method == "nearest":
-        return ((2 * to + 1) * n // (2 * m))[None], np.ones((1, m), np.float32)
+        nearest = ((2 * to + 1) * n // (2 * m))[None]
+        return nearest.astype(np.intp), np.ones((1, m), np.float32)
     if method == "area":
         index = to * n // m + np.arange(-(-n // m) + 1)[:, None]
         # overlaps in units of 1 / m of a pixel: integers, and so exact
@@ -109,7 +110,8 @@ def _taps(n: int, m: int, method: str, antialias: bool) -> Tuple[np.ndarray, np.
             weight = weight * ((index >= 0) & (index < n))
     weight = weight / sum(weight)
     used = weight.any(axis=1)
-    return np.clip(index, 0, n - 1)[used], weight[used].astype(np.float32)
+    # intp is what take() takes: 32 bits on 32-bit boards, where int64 is refused
+    return np.clip(index, 0, n - 1)[used].astype(np.intp), weight[used].astype(np.float32)
 
 
 def _scaler(method: Method, antialias: bool) -> Callable[[np.ndarray, int, int], np.ndarray]:

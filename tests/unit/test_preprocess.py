@@ -1307,3 +1307,14 @@ def test_the_examples_of_the_how_to_work() -> None:
     assert made["spectrogram"](SOUND[:5000]).shape == (1, 49, 40, 1)
     for op in ("resize", "log-mel", "head-tail", "ctc-greedy", "nms", "dequantize"):
         assert f"| `{op}` |" in page
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic", "area", "nearest"])
+def test_indices_are_of_the_machines_own_width(method: str) -> None:
+    """`take` on a 32-bit board refuses int64 (seen on armv7)."""
+    from edgekit_runtime.images import _taps
+
+    for n, m in ((7, 3), (3, 7)):
+        index, share = _taps(n, m, method, False)
+        assert index.dtype == np.intp
+        assert share.dtype == np.float32
