@@ -63,7 +63,10 @@ def read_pipeline(
         )
     labels = _labels(path, raw.get("labels"))
     try:
-        pairs = state_pairs(None, raw.get("states", {}), inputs, outputs)
+        states = raw.get("states", {})
+        if not isinstance(states, dict):
+            raise UsageError("states are a table: input = 'the output fed back into it'")
+        pairs = state_pairs(None, states, inputs, outputs)
         steps = _input_steps(raw.get("inputs", {}), inputs)
         after = raw.get("outputs", [])
         if not isinstance(after, list):
@@ -71,19 +74,21 @@ def read_pipeline(
         Postprocess(after, [spec.name for spec in outputs], labels)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    states = tuple(StatePair(*pair) for pair in pairs.items())
-    return Pipeline(steps, tuple(after), labels, states)
+    carried = tuple(StatePair(*pair) for pair in pairs.items())
+    return Pipeline(steps, tuple(after), labels, carried)
 
 
 def _input_steps(raw: Any, inputs: tuple[TensorSpec, ...]) -> dict[str, InputSteps]:
     known = [spec.name for spec in inputs]
+    if not isinstance(raw, dict):
+        raise UsageError("inputs are tables: [inputs.NAME]")
     found = {}
-    for name, one in raw.items() if isinstance(raw, dict) else ():
+    for name, one in raw.items():
         if name not in known:
             raise UsageError(f"[inputs.{name}] is no input; the model has: {', '.join(known)}")
-        extra = set(one) - {"source", "steps"} if isinstance(one, dict) else {"?"}
-        if extra or "source" not in one:
-            raise UsageError(f"[inputs.{name}] holds source and steps, found: {', '.join(one)}")
+        if not isinstance(one, dict) or "source" not in one or set(one) - {"source", "steps"}:
+            listed = ", ".join(one) if isinstance(one, dict) else repr(one)
+            raise UsageError(f"[inputs.{name}] holds source and steps, found: {listed}")
         steps = one.get("steps", [])
         try:
             Preprocess(one["source"], steps)

@@ -62,8 +62,8 @@ def main(runtime: str, models: str) -> int:
                 else:
                     faults.append("accepted a wrong shape")
                 placement = session.placement
-        print(f"{where}  {engine} {version}  {placement}  {'WRONG ' + repr(faults) if faults else 'ok'}",
-              flush=True)  # fmt: skip
+        verdict = f"WRONG {faults}" if faults else "ok"
+        print(f"{where}  {engine} {version}  {placement}  {verdict}", flush=True)
         ran, wrong = ran + 1, wrong + bool(faults)
     bundle = Path(models, "linear.edgekit")
     if bundle.exists() and engine_version("onnxruntime") is not None:

@@ -87,7 +87,7 @@ def optimize(
         model, for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, minimize=minimize, target=on, budget_s=_seconds(budget),
         threads=threads, seed=seed,
-        command=shlex.join(["edgekit", *sys.argv[1:]]),
+        command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
     with TerminalObserver() as observer:
         document = run_optimize(request, observer)
@@ -177,3 +177,8 @@ def _show_confirmation(document: dict[str, Any]) -> None:
         f"(drop {confirmed['drop']:+.4f}{span}; allowed {document['max_drop']:g})",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _without_folder(argument: str) -> str:
+    """A bundle goes to strangers: it says which file was used, not whose home it was in."""
+    return Path(argument).name if Path(argument).is_absolute() else argument

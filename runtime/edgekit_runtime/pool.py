@@ -87,4 +87,4 @@ class Pool:
                 return version, lane
             lane.clear()
         with session._lock:
-            return session._opened, session._new_lane()
+            return session._opened, session._new_lane(session._opened)

@@ -88,7 +88,11 @@ class Session:
         self._pool: Optional[Pool] = None
         self._loaded: Optional[Loaded] = None
         self._watch()
-        self._install(opened)
+        try:
+            self._install(opened, _processing(opened), self._new_lane(opened))
+        except EdgeKitError:
+            opened.loaded.close()
+            raise
         _survive_fork(self)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
@@ -251,20 +255,21 @@ class Session:
         if newer is None:
             return False
         opened = newer.open()
-        with self._lock:
-            self._engine()
-            try:
+        try:
+            with self._lock:
+                self._engine()
                 if (opened.inputs, opened.outputs) != (self.inputs, self.outputs):
                     raise ModelError(
                         f"{newer.path} has other inputs or outputs than the version in use; "
                         "load it anew"
                     )
-            except ModelError:
-                opened.loaded.close()
-                raise
-            self._uninstall()
-            self._source = newer
-            self._install(opened)
+                processing, lane = _processing(opened), self._new_lane(opened)
+                self._uninstall()
+                self._source = newer
+                self._install(opened, processing, lane)
+        except EdgeKitError:
+            opened.loaded.close()
+            raise
         return True
 
     @property
@@ -307,28 +312,12 @@ class Session:
 
     # --- the parts share these; the lock is held ------------------------------------------------
 
-    def _install(self, opened: Opened) -> None:
+    def _install(self, opened: Opened, processing: _Processing, lane: Lane) -> None:
         self._opened, self._loaded = opened, opened.loaded
         self.inputs, self.outputs = opened.inputs, opened.outputs
         self.manifest, self.variant = opened.manifest, opened.variant
         self.fallbacks, self.engine_version = opened.fallbacks, opened.loaded.version
-        self._lane = self._new_lane()
-        manifest = opened.manifest
-        self._preprocess: Dict[str, Callable[[Any], np.ndarray]] = {}
-        self._postprocess: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
-        try:
-            if manifest is not None and manifest.preprocess:
-                from .preprocess import Preprocess  # most have none: not paid for at import
-
-                for name, one in manifest.preprocess.items():
-                    self._preprocess[name] = Preprocess(one.source, one.steps)
-            if manifest is not None and manifest.postprocess:
-                from .postprocess import Postprocess
-
-                names = [spec.name for spec in manifest.outputs]
-                self._postprocess = Postprocess(manifest.postprocess, names, manifest.labels)
-        except UsageError as error:
-            raise BundleError(f"the bundle's processing is not understood: {error}") from None
+        (self._preprocess, self._postprocess), self._lane = processing, lane
 
     def _uninstall(self) -> None:
         self._lane.clear()
@@ -338,15 +327,14 @@ class Session:
             self._loaded.close()
             self._loaded = None
 
-    def _new_lane(self) -> Lane:
+    def _new_lane(self, opened: Opened) -> Lane:
         """Buffers for one more thread."""
-        variant, loaded = self.variant, self._engine()
+        variant, loaded = opened.variant, opened.loaded
+        ins, outs = (variant.input_names, variant.output_names) if variant else (None, None)
         return Lane(
             self._bind,
-            _match(self.inputs, loaded.inputs, variant.input_names if variant else None, "input"),
-            _match(
-                self.outputs, loaded.outputs, variant.output_names if variant else None, "output"
-            ),
+            _match(opened.inputs, loaded.inputs, ins, "input"),
+            _match(opened.outputs, loaded.outputs, outs, "output"),
             stateful=loaded.stateful,
             most=loaded.max_bindings,
         )
@@ -414,7 +402,8 @@ class Session:
             try:
                 if self._crashes > _MAX_CRASHES:
                     raise EngineError(f"it has died {self._crashes} times")
-                self._install(self._source.after(self._opened, str(crash)))
+                opened = self._source.after(self._opened, str(crash))
+                self._install(opened, _processing(opened), self._new_lane(opened))
             except EdgeKitError as error:
                 self._closed = f"{crash}; nothing takes over: {error}"
                 return EngineCrashed(self._closed)
@@ -508,6 +497,36 @@ class Bound:
         if self._binding.fixed_outputs:
             self._fixed = named
         return named
+
+
+_Processing = Tuple[
+    Dict[str, Callable[[Any], np.ndarray]], Callable[[Mapping[str, np.ndarray]], Dict[str, Any]]
+]
+
+
+def _processing(opened: Opened) -> _Processing:
+    """The bundle's steps before the model, by input, and after it.
+
+    Raises:
+        BundleError: a step is unknown or has wrong options.
+    """
+    manifest = opened.manifest
+    before: Dict[str, Callable[[Any], np.ndarray]] = {}
+    after: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
+    try:
+        if manifest is not None and manifest.preprocess:
+            from .preprocess import Preprocess  # most have none: not paid for at import
+
+            for name, one in manifest.preprocess.items():
+                before[name] = Preprocess(one.source, one.steps)
+        if manifest is not None and manifest.postprocess:
+            from .postprocess import Postprocess
+
+            names = [spec.name for spec in manifest.outputs]
+            after = Postprocess(manifest.postprocess, names, manifest.labels)
+    except UsageError as error:
+        raise BundleError(f"the bundle's processing is not understood: {error}") from None
+    return before, after
 
 
 def _survive_fork(session: Session) -> None:
