@@ -29,5 +29,6 @@ def test_mutated_models_end_in_errors_of_ours(fmt: str, tmp_path: Path) -> None:
     outcomes = mutations.model_mutations(fmt, COUNT, 1, tmp_path)
     slowest_ms = outcomes.pop("slowest_ms")
     assert sum(outcomes.values()) == COUNT
-    assert outcomes["refused"] > 0
+    assert outcomes["refused"] > 0.2 * COUNT
+    assert outcomes["ran"] > 0.05 * COUNT  # else it is not the models that are tried
     assert slowest_ms < 1000 * (mutations.TIMEOUT_S + 10)  # a hang is stopped, not waited for

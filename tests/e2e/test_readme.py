@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from cnn import cnn_data, small_cnn
 
+from edgekit_runtime.__main__ import main as runtime_main
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -23,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_shell_examples_run(edgekit, folder) -> None:
-    (block,) = re.findall(r"```sh\n(.*?)```", README, re.S)
+    block = re.findall(r"```sh\n(.*?)```", README, re.S)[0]
     for line in block.splitlines():
         command = shlex.split(line, comments=True)
         assert command[0] == "edgekit"
@@ -32,8 +34,8 @@ def test_shell_examples_run(edgekit, folder) -> None:
         assert done.stdout.strip()
 
 
-def test_python_example_runs(edgekit, folder, monkeypatch, capsys) -> None:
-    """The same code on a bundle whose input is called like magika's."""
+def test_examples_for_the_device_run(edgekit, folder, monkeypatch, capsys) -> None:
+    """The same lines on a bundle whose input is called like magika's, and which takes files."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -44,15 +46,29 @@ def test_python_example_runs(edgekit, folder, monkeypatch, capsys) -> None:
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=7)
     onnx.save(model, folder / "bytes.onnx")
-    rows = np.random.default_rng(0).integers(0, 257, (40, 2048)).astype(np.int32)
-    np.savez(folder / "bytes.npz", bytes=rows)
+    files = folder / "files"
+    files.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        (files / f"{number}").write_bytes(rng.bytes(3000))
+    (files / "labels.csv").write_text("".join(f"{number}\n" for number in range(40)))
+    (folder / "steps.toml").write_text(
+        '[inputs.bytes]\nsource = "bytes"\nsteps = [{ op = "head-tail", head = 1024, tail = 1024, '
+        'block = 4096, strip = true, pad = 256 }]\n[[outputs]]\nop = "top-k"\nk = 1\n'
+    )
     done = edgekit(
-        "optimize", "bytes.onnx", "--for", "this-machine", "--data", "bytes.npz",
-        "-o", "out/demo", cwd=folder,
+        "optimize", "bytes.onnx", "--for", "this-machine", "--data", "files", "--preprocess",
+        "steps.toml", "-o", "out/demo", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (folder / "README.md").write_text(README)
     monkeypatch.chdir(folder)
+    for line in re.findall(r"```sh\n(.*?)```", README, re.S)[1].splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[0] == "edgekit-runtime"
+        assert runtime_main(command[1:]) == 0, line
+        assert capsys.readouterr().out.strip()
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(block, "README.md", "exec"), {})
     assert "CPU 100 %" in capsys.readouterr().out
 
