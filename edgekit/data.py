@@ -47,6 +47,7 @@ __all__ = [
 LABELS = "labels"
 _INDEX = "index.json"
 _LIST = "labels.csv"
+_HEADERS = ("file", "filename", "path", "name", "image")
 _HASHES = "hashes"
 #: calibration takes this many samples; PTQ ranges settle well below (NNCF's default is 300)
 CALIBRATION_SAMPLES = 200
@@ -388,7 +389,7 @@ def _from_folder(folder: Path, inputs: list[str], labels: list[str]) -> Samples:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {where}: {one_line(error)}") from None
-    if rows and rows[0] in (["file", "label"], ["file"]):
+    if rows and rows[0][0].lower() in _HEADERS and not (folder / rows[0][0]).exists():
         rows = rows[1:]
     if len({len(row) for row in rows}) != 1 or len(rows[0]) > 2:
         raise InputError(f"{where}: wanted rows 'file,label', or 'file' alone, all alike")
@@ -410,8 +411,8 @@ def _label(where: Path, text: str, labels: list[str]) -> int | float:
         return float(text)
     except ValueError:
         raise InputError(
-            f"{where}: {text!r} is neither a number nor one of the {len(labels)} labels declared "
-            "in the steps file"
+            f"{where}: {text!r} is neither a number nor one of the {len(labels)} labels that "
+            "stand at the top of the steps file: labels = [...] before the first [table]"
         ) from None
 
 

@@ -189,6 +189,7 @@ class _Run:
             raise InterruptedRunError("stopped before the reference was evaluated: no result")
         if reference.status == "failed":
             raise ModelError(f"the reference cannot be evaluated: {reference.reason}")
+        self._doubt(reference)
         deadline = self._deadline(_BUILD_SHARE)
         todo = [row for row in rows[1:] if row.status == "planned"]
         # Builds and evaluations are not timed, so they may share the machine.
@@ -199,6 +200,19 @@ class _Run:
             self.incomplete.append("stopped by the user")
         elif any(row.status == "skipped" and row.reason == _SPENT for row in rows):
             self.incomplete.append("the budget was spent before everything was tried")
+
+    def _doubt(self, reference: Row) -> None:
+        """Say so when the model as it came does not know the answers: then nothing can be lost."""
+        labels, figure = self.data.labels, (reference.evaluation or {}).get("metric", 1.0)
+        if labels is None or not metric_named(self.metric).counts:
+            return
+        chance = 1 / max(2, len(np.unique(labels)))
+        if figure <= 1.2 * chance:
+            self._note(
+                f"the model as it came reaches {self.metric} {figure:.4f}, no better than chance "
+                f"({chance:.4f}): are the labels in its order, and is it preprocessed as in "
+                "training?"
+            )
 
     def _build(self, row: Row, deadline: float | None) -> None:
         """Build and evaluate one candidate; its failure is its row, a full disk is ours."""

@@ -30,7 +30,9 @@ def command_line() -> str:
 def runtime() -> str:
     """edgekit_runtime: its functions, classes and errors, then its command line."""
     parts = ["# edgekit_runtime", _doc(edgekit_runtime), "## Functions"]
-    for function in (edgekit_runtime.load, edgekit_runtime.open_installed):
+    installed = _module("installed")
+    for function in (edgekit_runtime.load, edgekit_runtime.open_installed, installed.install,
+                     installed.activate, installed.root_folder):  # fmt: skip
         parts += [f"### `{function.__name__}`", _signature(function), _doc(function)]
     parts.append("## Classes")
     for kind in (edgekit_runtime.Session, edgekit_runtime.Bound, edgekit_runtime.Stream, Hooks,

@@ -16,7 +16,16 @@ from edgekit.errors import UsageError
 
 __all__ = ["archive", "runtime_zip"]
 
-_MAIN = "import sys\nfrom edgekit_runtime.__main__ import main\nsys.exit(main())\n"
+_MAIN = """import sys
+try:
+    import numpy
+except ImportError:
+    print("edgekit-runtime: needs numpy and an engine: pip install numpy onnxruntime",
+          file=sys.stderr)
+    sys.exit(3)
+from edgekit_runtime.__main__ import main
+sys.exit(main())
+"""
 
 
 def runtime_zip(

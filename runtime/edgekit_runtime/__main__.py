@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from . import EdgeKitError, UsageError, __version__, load
+from . import EdgeKitError, EngineError, UsageError, __version__, load
 from .arrays import write_npz
 from .bundle import Bundle, is_bundle
 from .engines import ENGINES
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     public("check", _check, "compare the bundle's golden outputs with what it computes here")
     bench = public("bench", _bench, "time the model on this device")
     bench.add_argument("--runs", type=int, default=200, help="timed runs (default 200)")
-    bench.add_argument("--input", type=Path, help=".npz with samples; otherwise seeded noise")
+    bench.add_argument("--input", type=Path, help="samples as for run; else seeded noise")
     bench.add_argument("--cold", action="store_true", help="one load and one run only")
     public("info", _info, "show what is in the bundle or model")
     served = public("serve-stdin", _serve, "answer length-prefixed requests on stdin (see docs)")
@@ -126,7 +126,7 @@ def _options(args: argparse.Namespace) -> Dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     with load(args.model, **_options(args)) as session:
-        raw = raw_input(session, args.input)
+        raw = raw_input(session, args.input, tensors=args.tensors)
         inputs = raw if args.tensors else session.preprocess(raw)
         outputs = session.run(inputs)
         answer = session.postprocess(outputs)
@@ -184,9 +184,19 @@ def _bench(args: argparse.Namespace) -> int:
         return 0
     with load(args.model, **_options(args)) as session:
         raw = session.takes_raw and args.input is not None and not args.tensors
-        samples = itertools.cycle(read_samples(session, args.input, raw=raw))
+        if raw and args.input.suffix != ".npz":
+            found = [raw_input(session, [str(args.input)])]
+        else:
+            found = read_samples(session, args.input, raw=raw)
+        samples = itertools.cycle(found)
         call = session.predict if raw else session.run
-        sample(lambda: call(next(samples)), max(3, args.runs // 10))
+        try:
+            sample(lambda: call(next(samples)), max(3, args.runs // 10))
+        except EngineError as error:
+            if args.input is not None:
+                raise
+            hint = "sizes the model leaves free were taken as 1: give real ones with --input"
+            raise type(error)(f"{error}; {hint}") from error
         with session.measure(capacity=args.runs) as measured:
             taken = sample(lambda: call(next(samples)), args.runs)
         placement = str(session.placement)
@@ -255,10 +265,8 @@ def _print_specs(inputs: Any, outputs: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    with load(args.model, **_options(args)) as session:
-        # What an engine prints must not get between the answers.
-        answers = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)
+    with load(args.model, **_options(args)) as session, os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # what an engine prints must not get between the answers
         return serve(session, sys.stdin.buffer, answers)
 
 

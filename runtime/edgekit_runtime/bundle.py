@@ -196,7 +196,7 @@ class Bundle:
             raise BundleError("not a bundle: no canonical archive ends here; it may be cut off")
         _, _, _, _, count, length, start, _ = _END.unpack(end)
         if start + length + _END.size != size:
-            raise BundleError("the archive's directory is damaged or not canonical")
+            raise BundleError("not a bundle: the archive is damaged or not canonical")
         if count > MAX_ENTRIES:
             raise BundleError(f"{count} files, at most {MAX_ENTRIES} are allowed")
         if length > count * (_CENTRAL.size + _MAX_PATH):

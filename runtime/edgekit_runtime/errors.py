@@ -128,4 +128,7 @@ def one_line(error: BaseException, *, limit: int = 300) -> str:
     """What an exception says, on one line of at most `limit` printable characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2  # engines name the place first and the reason last
+    return f"{text[:half]} ... {text[-half:]}"

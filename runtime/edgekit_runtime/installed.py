@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Callable, Optional
+from typing import IO, Any, Callable, Union
 
 from .bundle import Bundle
 from .errors import BundleError, EdgeKitError, UsageError, one_line
@@ -33,7 +33,7 @@ def root_folder() -> Path:
     return Path(given) if given else Path.home() / ".local" / "share" / "edgekit"
 
 
-def active_file(name: str, root: Optional[Path] = None) -> Path:
+def active_file(name: str, root: Union[str, Path, None] = None) -> Path:
     """The file that says which version is active; whether it exists or not.
 
     Raises:
@@ -43,7 +43,7 @@ def active_file(name: str, root: Optional[Path] = None) -> Path:
         raise UsageError(
             f"{name!r} is no name for an installed bundle; wanted letters, digits, '.', '_', '-'"
         )
-    return (root or root_folder()) / name / "active.json"
+    return Path(root or root_folder()) / name / "active.json"
 
 
 def active_path(active: Path) -> Path:
@@ -73,20 +73,30 @@ def active_path(active: Path) -> Path:
 
 
 def install(
-    source: Path, name: str, *, root: Optional[Path] = None, activate_it: bool = True
+    source: Union[str, Path],
+    name: str,
+    *,
+    root: Union[str, Path, None] = None,
+    activate_it: bool = True,
 ) -> Path:
     """Copy a bundle to the device's store, verify the copy, and activate it; returns its path.
 
     Raises:
         BundleError: the copy is not a sound bundle; what was active stays so.
+        UsageError: it has other inputs or outputs than what is active under this name, or is
+            older: programs in the field would stumble over it. `activate` goes back.
         EdgeKitError: it cannot be written.
     """
-    active = active_file(name, root)
+    source, active = Path(source), active_file(name, root)
+    if activate_it and active.exists():
+        _compare(source, active)
     versions = active.parent / "versions"
     try:
         versions.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as file:
             path = _write(versions, lambda out: shutil.copyfileobj(file, out), _verified_name)
+    except BundleError as error:
+        raise BundleError(f"{source}: {str(error).partition(': ')[2]}") from None
     except OSError as error:
         raise EdgeKitError(f"cannot install {source} as {name!r}: {one_line(error)}") from None
     if activate_it:
@@ -94,7 +104,7 @@ def install(
     return path
 
 
-def activate(path: Path, name: str, *, root: Optional[Path] = None) -> None:
+def activate(path: Path, name: str, *, root: Union[str, Path, None] = None) -> None:
     """Make an installed version the one that `open_installed` loads.
 
     Raises:
@@ -105,6 +115,21 @@ def activate(path: Path, name: str, *, root: Optional[Path] = None) -> None:
         raise UsageError(f"{path} is not installed under {name!r}; install it first")
     text = json.dumps({"schema": _SCHEMA, "file": path.name}).encode()
     _write(active.parent, lambda out: out.write(text), lambda _: active.name)
+
+
+def _compare(source: Path, active: Path) -> None:
+    with Bundle(source) as new, Bundle(active_path(active)) as old:
+        ours, theirs = new.manifest, old.manifest
+    if (ours.inputs, ours.outputs) != (theirs.inputs, theirs.outputs):
+        raise UsageError(
+            f"{source} has other inputs or outputs than the version active under "
+            f"{active.parent.name!r}; install it under another name"
+        )
+    if ours.sequence < theirs.sequence:
+        raise UsageError(
+            f"{source} (sequence {ours.sequence}) is older than the version active under "
+            f"{active.parent.name!r} ({theirs.sequence}); activate() goes back to installed ones"
+        )
 
 
 def _verified_name(copy: Path) -> str:

@@ -61,7 +61,7 @@ def load(
 def open_installed(
     name: str,
     *,
-    root: Optional[Path] = None,
+    root: Union[str, Path, None] = None,
     variant: Optional[str] = None,
     threads: Optional[int] = None,
     intent: str = "latency",

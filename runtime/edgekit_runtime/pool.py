@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Deque, Dict, Iterable, Iterator, Mapping, Opti
 
 import numpy as np
 
-from .errors import QueueFullError
+from .errors import ClosedError, QueueFullError
 from .lane import Lane, checked
 
 if TYPE_CHECKING:
@@ -42,12 +42,15 @@ class Pool:
         if not self._places.acquire(timeout=timeout_s):
             raise QueueFullError(
                 f"all {_PLACES_PER_STREAM * self._streams} places of the queue are taken after "
-                f"{timeout_s} s; wait for results, or load with intent='throughput'"
+                f"{timeout_s} s; wait for results"
+                + ("" if self._streams > 1 else ", or load with intent='throughput'")
             )
         try:
             future = self._executor.submit(self._run, own)
-        except BaseException:
+        except BaseException as error:
             self._places.release()
+            if isinstance(error, RuntimeError):  # the executor was shut down meanwhile
+                raise ClosedError("the session is closed; load the model again") from None
             raise
         # The place is free when the call is over, also when it never ran.
         future.add_done_callback(lambda _: self._places.release())

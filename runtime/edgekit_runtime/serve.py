@@ -88,6 +88,11 @@ def _request(head: bytes, source: IO[bytes]) -> Tuple[Dict[str, Any], Dict[str, 
         data: Dict[str, Any] = {}
         shape: Tuple[int, ...]
         for name, one in {**request.get("inputs", {}), **request.get("raw", {})}.items():
+            if not isinstance(one, dict) or not ("size" in one or {"dtype", "shape"} <= set(one)):
+                raise UsageError(
+                    f"{name!r} is {json.dumps(one)[:60]}; wanted dtype and shape for an array, "
+                    "size for the bytes of a file"
+                )
             if "size" in one:
                 count, dtype, shape = int(one["size"]), None, ()
             else:

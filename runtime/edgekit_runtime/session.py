@@ -211,9 +211,12 @@ class Session:
             loaded = self._engine()
             pairs = state_pairs(self.manifest, states, self.inputs, self.outputs)
             if not pairs and not loaded.stateful:
+                where = "the bundle" if self.manifest is not None else "a plain model"
                 raise UsageError(
-                    "the model has no state that the bundle knows of; name the inputs and the "
-                    "outputs fed back into them: stream({'state': 'stateN'})"
+                    f"{where} names no state; say which output is fed back into which input: "
+                    "stream({INPUT: OUTPUT}); inputs "
+                    f"{', '.join(s.name for s in self.inputs)}; outputs "
+                    f"{', '.join(s.name for s in self.outputs)}"
                 )
             return Stream(self, pairs, self._lane.inputs, self._lane.outputs, shapes or {})
 
@@ -278,6 +281,16 @@ class Session:
         with self._lock:
             self._engine()
             return self._opened.placement()
+
+    @property
+    def streams(self) -> int:
+        """How many submitted calls run at once: with `intent="throughput"` the processors divided
+        by the threads of each call."""
+        return self._opened.streams
+
+    def __repr__(self) -> str:
+        what = self.variant.id if self.variant is not None else self._source.path.name
+        return f"<Session {what}: {', '.join(map(str, self.inputs))}>"
 
     @property
     def takes_raw(self) -> bool:
@@ -449,6 +462,8 @@ class Session:
                 f"shapes are given for {', '.join(map(str, given))}; wanted: "
                 f"{', '.join(spec.name for spec in specs)}"
             )
+        if not all(isinstance(shape, (tuple, list)) for shape in given.values()):
+            raise InputError("shapes are tuples by input name, for instance {'x': (1, 4)}")
         wanted = tuple(tuple(given[s.name]) if s.name in given else s.usual_shape() for s in specs)
         for spec, shape in zip(specs, wanted):
             if not spec.accepts(shape) or any(size < 1 for size in shape):

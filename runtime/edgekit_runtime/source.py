@@ -199,6 +199,10 @@ class Source:
 
     def _options(self, threads: int, precision: str) -> Options:
         used = threads if self.threads is None else self.threads
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s is {self.timeout_s:g}; wanted more than 0")
+        if not isinstance(used, int):
+            raise UsageError(f"threads is {used!r}; wanted a number")
         return Options(used, precision, _streams(self.intent, used))
 
     def _load(self, engine: str, files: Mapping[str, bytes], options: Options) -> Loaded:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from .engines import Binding, Shapes
-from .errors import ClosedError, EngineCrashed, InputError, UsageError
+from .errors import ClosedError, EngineCrashed, EngineError, InputError, UsageError
 from .lane import checked, retried
 from .manifest import Manifest, TensorSpec
 
@@ -64,8 +64,10 @@ class Stream:
     ) -> None:
         for spec in inputs:
             shape = given.get(spec.name)
-            if shape is not None and (spec.name not in pairs or not spec.accepts(tuple(shape))):
-                raise InputError(f"{spec} is no state, or does not take the shape {list(shape)}")
+            if shape is not None and spec.name not in pairs:
+                raise InputError(f"{spec.name!r} is no state, so its shape is that of each call")
+            if shape is not None and not spec.accepts(tuple(shape)):
+                raise InputError(f"the state {spec} does not take the shape {list(shape)}")
         self._given = {name: tuple(shape) for name, shape in given.items()}
         self.inputs = tuple(spec for spec in inputs if spec.name not in pairs)
         self.outputs = tuple(spec for spec in outputs if spec.name not in pairs.values())
@@ -103,7 +105,22 @@ class Stream:
         first = self._binding is None
         if first or shapes != self._shapes:
             self._begin(shapes, self._given)
-        named = self._invoke(arrays)
+        try:
+            named = self._invoke(arrays)
+        except EngineError as error:
+            free = [s for s in self._specs if s.name in self._pairs and s.name not in self._given]
+            if (
+                not first
+                or isinstance(error, EngineCrashed)
+                or not any(isinstance(d, str) for spec in free for d in spec.shape)
+            ):
+                raise
+            taken = ", ".join(f"{n} {list(s.shape)}" for n, s in self._states.items())
+            self.reset()
+            raise EngineError(
+                f"{error}; the state's free sizes may be others (taken: {taken}): say so with "
+                "stream(shapes={STATE: SHAPE})"
+            ) from error
         found = {name: named[fed_by].shape for name, fed_by in self._pairs.items()}
         if first and any(state.shape != found[name] for name, state in self._states.items()):
             # A state's free dimensions may follow from the other inputs in ways no name tells.

@@ -171,7 +171,7 @@ def read_samples(
     ]
 
 
-def raw_input(session: Session, files: Sequence[str]) -> Dict[str, Any]:
+def raw_input(session: Session, files: Sequence[str], *, tensors: bool = False) -> Dict[str, Any]:
     """One sample from files given as `[NAME=]FILE`: the arrays of an `.npz` or `.npy`; of others
     the path, for the bundle's preprocessing to read.
 
@@ -184,10 +184,14 @@ def raw_input(session: Session, files: Sequence[str]) -> Dict[str, Any]:
     for one in files:
         name, separator, rest = one.partition("=")
         path = Path(one)
-        if separator and name in names and not path.exists():
+        if separator and not path.exists() and (name in names or Path(rest).exists()):
             path = Path(rest)
+            if name not in names:
+                raise InputError(f"no input {name!r}; the model has: {', '.join(names)}")
         else:
             name = names[0] if len(names) == 1 else ""
+        if name in found:
+            raise UsageError(f"the input {name!r} is given twice; one sample a call")
         if path.suffix == ".npz":
             found.update(input_arrays(session, path))
             continue
@@ -200,8 +204,10 @@ def raw_input(session: Session, files: Sequence[str]) -> Dict[str, Any]:
             raise InputError(f"cannot read {path}: {why}")
         if path.suffix == ".npy":
             found[name] = read_npy(path)
-        elif session.takes_raw:
+        elif session.takes_raw and not tensors:
             found[name] = path
+        elif tensors:
+            raise InputError(f"{path} is no array file; with --tensors give an .npy or .npz")
         else:
             raise InputError(
                 f"{path} is no array file, and the model brings no preprocessing for it: give "

@@ -118,7 +118,7 @@ def test_voice_activity_of_many_speakers_on_one_model(silero: Path) -> None:
                 np.testing.assert_array_equal(found["output"], want)
 
         in_threads(4, speak)
-        with pytest.raises(InputError, match="is no state"):
+        with pytest.raises(InputError, match="'input' is no state"):
             session.stream({"state": "stateN"}, shapes={"input": (1, 576)})
         together = session.stream({"state": "stateN"}, shapes={"state": (2, 4, 128)})
         for turn in range(5):

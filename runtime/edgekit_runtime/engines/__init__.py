@@ -89,7 +89,7 @@ class Options:
     streams: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.threads <= MAX_THREADS:
+        if not isinstance(self.threads, int) or not 1 <= self.threads <= MAX_THREADS:
             raise UsageError(f"{self.threads} threads asked for; wanted 1 to {MAX_THREADS}")
         if not 1 <= self.streams <= MAX_THREADS:
             raise UsageError(f"{self.streams} streams asked for; wanted 1 to {MAX_THREADS}")
