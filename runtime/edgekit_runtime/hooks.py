@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, Type
 
+from .errors import UsageError
 from .lane import Times
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Hooks:
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
-        self._changed = changed
+        self._changed, self._lock = changed, threading.Lock()
         self._pairs: Tuple[Tuple[Optional[OnStart], Optional[OnEnd]], ...] = ()
         self.starts: Tuple[OnStart, ...] = ()
         self.ends: Tuple[OnEnd, ...] = ()
@@ -38,8 +40,9 @@ class Hooks:
     ) -> Callable[[], None]:
         """Add a pair; returns the function that takes it out again."""
         pair = (on_start, on_end)
-        self._pairs = (*self._pairs, pair)
-        self._sort()
+        with self._lock:
+            self._pairs = (*self._pairs, pair)
+            self._sort()
         return lambda: self._remove(pair)
 
     def start(self) -> None:
@@ -62,8 +65,9 @@ class Hooks:
         return bool(self._pairs)
 
     def _remove(self, pair: Tuple[Optional[OnStart], Optional[OnEnd]]) -> None:
-        self._pairs = tuple(one for one in self._pairs if one is not pair)
-        self._sort()
+        with self._lock:
+            self._pairs = tuple(one for one in self._pairs if one is not pair)
+            self._sort()
 
     def _sort(self) -> None:
         self.starts = tuple(one[0] for one in self._pairs if one[0] is not None)
@@ -88,6 +92,8 @@ class Measuring:
     def __init__(
         self, hooks: Hooks, capacity: int, energy_j: Optional[Callable[[], float]]
     ) -> None:
+        if not isinstance(capacity, int) or capacity < 1:
+            raise UsageError(f"capacity is {capacity!r}; wanted a number of calls")
         self.samples: Deque[Times] = deque(maxlen=capacity)
         self.before: Optional[Reading] = None
         self.after: Optional[Reading] = None

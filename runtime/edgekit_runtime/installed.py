@@ -9,20 +9,25 @@ either the former or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any, Callable, Union
 
 from .bundle import Bundle
 from .errors import BundleError, EdgeKitError, UsageError, one_line
+from .manifest import same_interface
+from .source import processing
 
 __all__ = ["activate", "active_file", "active_path", "install", "root_folder"]
 
 _SCHEMA = "edgekit.active/1"
+_ABANDONED_S = 3600
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _FILE = re.compile(r"[0-9]{1,20}-[0-9a-f]{8,64}\.edgekit")
 
@@ -67,7 +72,11 @@ def active_path(active: Path) -> Path:
     if not isinstance(file, str) or not _FILE.fullmatch(file):
         raise BundleError(f"{active} is damaged; install the bundle again")
     path = active.parent / "versions" / file
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {one_line(error)}") from None
+    if not found:
         raise BundleError(f"{active} names {file}, which is not there; install the bundle again")
     return path
 
@@ -118,9 +127,14 @@ def activate(path: Path, name: str, *, root: Union[str, Path, None] = None) -> N
 
 
 def _compare(source: Path, active: Path) -> None:
-    with Bundle(source) as new, Bundle(active_path(active)) as old:
-        ours, theirs = new.manifest, old.manifest
-    if (ours.inputs, ours.outputs) != (theirs.inputs, theirs.outputs):
+    try:
+        with Bundle(active_path(active)) as old:
+            theirs = old.manifest
+    except BundleError:
+        return  # what is active is damaged: this is the cure
+    with Bundle(source) as new:
+        ours = new.manifest
+    if not same_interface((ours.inputs, ours.outputs), (theirs.inputs, theirs.outputs)):
         raise UsageError(
             f"{source} has other inputs or outputs than the version active under "
             f"{active.parent.name!r}; install it under another name"
@@ -135,14 +149,23 @@ def _compare(source: Path, active: Path) -> None:
 def _verified_name(copy: Path) -> str:
     with Bundle(copy) as bundle:
         bundle.verify()
-        return f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
+        processing(bundle.manifest)
+        name = f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
+    if not _FILE.fullmatch(name):
+        raise BundleError(f"x: the bundle's id {bundle.manifest.bundle_id[:80]!r} is not one")
+    return name
 
 
 def _write(folder: Path, write: Callable[[IO[bytes]], Any], name_of: Callable[[Path], str]) -> Path:
     """A new file in one step: written under another name, synced, renamed."""
+    for left in folder.glob(".new-*"):  # by somebody who was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                left.unlink()
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
     try:
         with os.fdopen(handle, "wb") as out:
+            os.fchmod(out.fileno(), 0o644)  # what root installs, a service user reads
             write(out)
             out.flush()
             os.fsync(out.fileno())

@@ -15,20 +15,23 @@ import mmap
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
+from collections import deque
 from pathlib import Path
-from typing import IO, Any, Dict, List, Mapping, Tuple
+from typing import IO, Any, Deque, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
 from . import errors
 from .engines import Binding, Loaded, Options, Shapes, load_engine
-from .errors import EdgeKitError, EngineCrashed, EngineError, ModelError, one_line
+from .errors import ClosedError, EdgeKitError, EngineCrashed, EngineError, ModelError, one_line
 from .manifest import TensorSpec
 from .placement import Placement
 
@@ -36,10 +39,13 @@ __all__ = ["load_isolated", "main"]
 
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 4096  # mmap offsets are pages; also more than any engine asks of a buffer
+#: `-c` searches the working folder first, where anybody may have put a json.py
 _START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
-    "from edgekit_runtime.isolate import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "import sys; sys.path[:] = sys.argv[1].split(chr(10)); sys.dont_write_bytecode = True\n"
+    "from edgekit_runtime.isolate import main; main(*map(int, sys.argv[2:]))"
 )
+_LOAD_TIMEOUT_S = 60.0  # importing an engine takes its time, whatever a call may take
+_LONGEST_POLL_MS = 86_400_000
 Layout = List[Tuple[str, List[int], int]]  # dtype, shape, offset in the shared memory
 
 
@@ -76,20 +82,24 @@ class _Child:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s, self._lock = timeout_s, threading.Lock()
+        self._owner = os.getpid()
         self.loaded: object = None
-        if hasattr(os, "memfd_create"):
-            self.memory = os.memfd_create("edgekit")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self.memory = os.dup(file.fileno())
+        #: bindings that nobody has any more; the child is told before the next question
+        self.dropped: Deque[int] = deque()
+        self.memory = _shared_memory()
         root = str(Path(__file__).parents[1])  # the folder, or the .pyz, that we come from
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, root, str(self.memory), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(self.memory,),
-            bufsize=0,
-        )
+        paths = "\n".join([root, *(path for path in sys.path if path and path != root)])
+        ours, theirs = socket.socketpair()
+        self._pipe = ours
+        with theirs:
+            command = [sys.executable, "-c", _START, paths]
+            self._process = subprocess.Popen(
+                [*command, str(self.memory), str(theirs.fileno()), str(self._owner)],
+                stdin=subprocess.DEVNULL,
+                stdout=2 if _is_open(2) else subprocess.DEVNULL,
+                pass_fds=(self.memory, theirs.fileno()),
+                start_new_session=True,  # Ctrl-C is for the host, which may handle it
+            )
 
     def ask(self, question: Dict[str, Any], *data: bytes) -> Dict[str, Any]:
         """Send one message and read the answer.
@@ -98,64 +108,77 @@ class _Child:
             EngineCrashed: the child died, or did not answer in time and was killed.
             EdgeKitError: what the child raised.
         """
+        if os.getpid() != self._owner:
+            raise ClosedError("the engine's process belongs to the one this was forked from")
         with self._lock:
-            stdin, stdout = self._process.stdin, self._process.stdout
-            if stdin is None or stdout is None or stdin.closed:
+            if self.memory < 0:
                 raise self._crashed("is gone")
-            deadline = time.monotonic() + self._timeout_s
+            limit_s = self._timeout_s
+            if question["do"] == "load":
+                limit_s = max(limit_s, _LOAD_TIMEOUT_S)
             try:
-                text = json.dumps(question).encode()
-                for piece in (_LENGTH.pack(len(text)) + text, *data):
-                    self._send(stdin.fileno(), piece, deadline)
-                reply: Dict[str, Any] = json.loads(self._message(stdout.fileno(), deadline))
-                reply["data"] = [
-                    self._read(stdout.fileno(), size, deadline) for size in reply.get("sizes", ())
-                ]
+                while self.dropped:
+                    self._exchange({"do": "unbind", "id": self.dropped.popleft()}, (), limit_s)
+                reply = self._exchange(question, data, limit_s)
             except (OSError, EOFError, ValueError):
                 raise self._crashed(self._how()) from None
+            except EngineCrashed:
+                raise
+            except BaseException:  # Ctrl-C: the answer to come would be taken for the next one's
+                self._crashed("was interrupted")
+                raise
         if "error" in reply:
             kind = getattr(errors, str(reply["kind"]), EngineError)
             raise kind(reply["error"])
         return reply
 
+    def _exchange(
+        self, question: Dict[str, Any], data: Sequence[bytes], limit_s: float
+    ) -> Dict[str, Any]:
+        deadline = time.monotonic() + limit_s
+        text = json.dumps(question).encode()
+        for piece in (_LENGTH.pack(len(text)) + text, *data):
+            self._send(piece, deadline)
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
+        reply: Dict[str, Any] = json.loads(self._read(length, deadline))
+        reply["data"] = [self._read(size, deadline) for size in reply.get("sizes", ())]
+        return reply
+
     def close(self) -> None:
         """End the child and wait for it."""
+        if os.getpid() != self._owner:
+            return
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._pipe.close()
         if self.memory >= 0:
             os.close(self.memory)
             self.memory = -1
 
-    def _message(self, source: int, deadline: float) -> bytes:
-        (length,) = _LENGTH.unpack(self._read(source, _LENGTH.size, deadline))
-        return self._read(source, length, deadline)
-
-    def _read(self, source: int, count: int, deadline: float) -> bytes:
+    def _read(self, count: int, deadline: float) -> bytes:
         pieces, left = [], count
         while left:
-            self._await(source, deadline, writing=False)
-            piece = os.read(source, min(left, 1 << 20))
+            self._await(select.POLLIN, deadline)
+            piece = self._pipe.recv(min(left, 1 << 20))
             if not piece:
                 raise EOFError
             pieces.append(piece)
             left -= len(piece)
         return b"".join(pieces)
 
-    def _send(self, target: int, data: bytes, deadline: float) -> None:
+    def _send(self, data: bytes, deadline: float) -> None:
         view = memoryview(data)
         while view:
-            self._await(target, deadline, writing=True)
-            view = view[os.write(target, view[: 1 << 16]) :]
+            self._await(select.POLLOUT, deadline)
+            # Not a signal when the child is dead: a host may have SIGPIPE end it.
+            view = view[self._pipe.send(view[: 1 << 16], getattr(socket, "MSG_NOSIGNAL", 0)) :]
 
-    def _await(self, handle: int, deadline: float, *, writing: bool) -> None:
+    def _await(self, event: int, deadline: float) -> None:
         poll = select.poll()
-        poll.register(handle, select.POLLOUT if writing else select.POLLIN)
+        poll.register(self._pipe, event)
         left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
+        if left <= 0 or not poll.poll(min(left * 1000, _LONGEST_POLL_MS)):
             raise self._crashed(f"did not answer within {self._timeout_s:g} s and was stopped")
 
     def _how(self) -> str:
@@ -187,7 +210,9 @@ class _Remote(Loaded):
         self.outputs = tuple(_spec(one) for one in reply["outputs"])
 
     def bind(self, shapes: Shapes) -> Binding:
-        reply = self._child.ask({"do": "bind", "shapes": [list(shape) for shape in shapes]})
+        reply = self._child.ask(
+            {"do": "bind", "shapes": [list(map(int, shape)) for shape in shapes]}
+        )
         return _RemoteBinding(self._child, reply)
 
     def placement(self, *, operators: bool = True) -> Placement:
@@ -195,13 +220,17 @@ class _Remote(Loaded):
         found = self._child.ask(question)["placement"]
         return Placement(**found)
 
+    def retire(self) -> None:
+        self._child.close()  # at once: there is no use in asking it to let go of its buffers
+
     def close(self) -> None:
         self._child.close()
 
 
 class _RemoteBinding(Binding):
     def __init__(self, child: _Child, reply: Dict[str, Any]) -> None:
-        self._child, self._id, self._released = child, int(reply["id"]), False
+        self._child, self._id = child, int(reply["id"])
+        self._release = weakref.finalize(self, child.dropped.append, self._id)
         memory = mmap.mmap(child.memory, reply["length"], offset=reply["offset"])
         self.inputs = _arrays(memory, reply["inputs"])
         self.fixed_outputs = reply["outputs"] is not None
@@ -224,9 +253,7 @@ class _RemoteBinding(Binding):
 
     def close(self) -> None:
         super().close()
-        if not self._released and self._child.memory >= 0:
-            self._released = True
-            self._child.ask({"do": "unbind", "id": self._id})
+        self._release()
 
 
 def _spec(raw: Dict[str, Any]) -> TensorSpec:
@@ -243,10 +270,33 @@ def _arrays(memory: mmap.mmap, layout: Layout) -> Tuple[np.ndarray, ...]:
 # --- the child ------------------------------------------------------------------------------------
 
 
-def main(memory: int, parent: int) -> None:
+def _shared_memory() -> int:
+    """A descriptor of memory without a name, above those of the standard streams."""
+    if hasattr(os, "memfd_create"):
+        memory = os.memfd_create("edgekit")
+    else:
+        with tempfile.TemporaryFile() as file:
+            memory = os.dup(file.fileno())
+    low = []
+    while memory < 3:  # a daemon's host has closed those; the child opens them again
+        low.append(memory)
+        memory = os.dup(memory)
+    for one in low:
+        os.close(one)
+    return memory
+
+
+def _is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
+
+
+def main(memory: int, pipe: int, parent: int) -> None:
     """Answer questions until there are no more."""
-    answers, requests = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
-    os.dup2(2, 1)  # what an engine prints must not get between the answers
+    requests, answers = os.fdopen(os.dup(pipe), "rb"), os.fdopen(pipe, "wb")
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     served = _Served(memory)
     while True:
@@ -313,7 +363,7 @@ class _Served:
             binding.reset()
         elif kind == "unbind":
             del self._bound[question["id"]]
-            self._free.append(self._places.pop(question["id"]))
+            self._give_back(*self._places.pop(question["id"]))
             binding.close()
         return {}
 
@@ -338,12 +388,25 @@ class _Served:
             "outputs": layout[count:] if fixed else None,
         }  # fmt: skip
 
+    def _give_back(self, offset: int, length: int) -> None:
+        """Neighbours become one piece: lengths that grow and grow find room again."""
+        merged: List[Tuple[int, int]] = []
+        for start, size in sorted([*self._free, (offset, length)]):
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((start, size))
+        self._free = merged
+
     def _place(self, length: int) -> int:
         """The offset of a piece of the shared memory: one that was given back, or a new one."""
-        for offset, free in self._free:
-            if free == length:
-                self._free.remove((offset, free))
-                return offset
+        fitting = [(free, offset) for offset, free in self._free if free >= length]
+        if fitting:
+            free, offset = min(fitting)
+            self._free.remove((offset, free))
+            if free > length:
+                self._free.append((offset + length, free - length))
+            return offset
         offset, self._size = self._size, self._size + length
         os.ftruncate(self._memory, self._size)
         return offset

@@ -7,21 +7,24 @@ change between two calls is decided when the buffers are bound, and kept in clos
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
 from .engines import Binding, Shapes, numpy_dtype
-from .errors import EdgeKitError, EngineError, InputError, one_line
+from .errors import EdgeKitError, EngineCrashed, EngineError, InputError, one_line
 from .manifest import TensorSpec
 
 if TYPE_CHECKING:
     from .guard import Guard
     from .hooks import Hooks
+    from .session import Session
 
-__all__ = ["Lane", "Times", "checked", "retried"]
+__all__ = ["Bound", "Lane", "Times", "checked", "retried"]
 
 clock = time.perf_counter_ns
 
@@ -201,6 +204,52 @@ def _never(_: Arrays) -> bool:
 def _invoke_afresh(binding: Binding, invoke: Callable[[], Any]) -> None:
     binding.reset()
     invoke()
+
+
+class Bound:
+    """Buffers for running without copies: fill `inputs`, call, read `outputs`.
+
+    >>> bound = session.bind()                       # doctest: +SKIP
+    >>> bound.inputs["x"][...] = x; bound(); bound.outputs["y"]   # doctest: +SKIP
+
+    `outputs` are overwritten by the next call. One thread at a time. Hooks and guards are not for
+    this path: nothing is between the caller and the engine.
+    """
+
+    def __init__(self, session: Session, binding: Binding, lane: Lane) -> None:
+        self._session, self._binding = session, binding
+        self._names = tuple(spec.name for spec in lane.outputs)
+        # Read-only: an array put here in place of a buffer would never reach the engine.
+        self.inputs = MappingProxyType(
+            {spec.name: buffer for spec, buffer in zip(lane.inputs, binding.inputs)}
+        )
+        self._fixed: Optional[Mapping[str, np.ndarray]] = None
+        # What the engine keeps for it goes with it, without waiting for the garbage collector.
+        weakref.finalize(self, binding.close).atexit = False
+
+    def __call__(self) -> None:
+        """Run on what is in `inputs`.
+
+        Raises:
+            EngineError: the engine failed, or the session is closed.
+        """
+        try:
+            self._binding.invoke()
+        except EngineCrashed as crash:
+            raise self._session._take_over(crash) from None
+        except Exception as error:
+            self._fixed = None  # the outputs may be others from now on
+            retried(self._binding, error)
+
+    @property
+    def outputs(self) -> Mapping[str, np.ndarray]:
+        """The engine's output buffers after the last call."""
+        if self._fixed is not None:
+            return self._fixed
+        named = MappingProxyType(dict(zip(self._names, self._binding.outputs)))
+        if self._binding.fixed_outputs:
+            self._fixed = named
+        return named
 
 
 def retried(binding: Binding, error: Exception) -> None:

@@ -52,6 +52,7 @@ def load(
         LimitError: the engine did not place the model as the bundle promises.
         UsageError: an option that does not exist, or not for this kind of file.
     """
+    _check_guard(guard)
     source = Source(
         Path(path), variant, threads, engine, precision, verify, isolate, timeout_s, intent
     )
@@ -78,9 +79,18 @@ def open_installed(
     """
     from .installed import active_file, active_path
 
+    _check_guard(guard)
     active = active_file(name, root)
     source = Source(
         active_path(active), variant, threads, isolate=isolate, timeout_s=timeout_s,
         intent=intent, active=active,
     )  # fmt: skip
     return Session(source, source.open(), guard=guard)
+
+
+def _check_guard(guard: Optional[str]) -> None:
+    """Before anything is loaded."""
+    if guard is not None:
+        from .guard import Guard
+
+        Guard(guard)

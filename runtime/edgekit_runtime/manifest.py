@@ -17,6 +17,7 @@ from typing import (
     Dict,
     List,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Union,
@@ -36,6 +37,7 @@ __all__ = [
     "TensorSpec",
     "Tolerance",
     "Variant",
+    "same_interface",
 ]
 
 SCHEMA = "edgekit.bundle/1"
@@ -243,6 +245,20 @@ class Manifest:
         assert isinstance(manifest, Manifest)  # noqa: S101  (for the type checker)
         _check_references(manifest)
         return manifest
+
+
+_Sides = Sequence[Sequence[TensorSpec]]
+
+
+def same_interface(ours: _Sides, other: _Sides) -> bool:
+    """Whether two models take and give arrays of the same names, dtypes and shapes; what free
+    dimensions are called, and what was seen in data, does not matter."""
+
+    def plain(specs: Sequence[TensorSpec]) -> List[Any]:
+        sizes = [tuple(d if isinstance(d, int) else None for d in s.shape) for s in specs]
+        return [(s.name, s.dtype, size) for s, size in zip(specs, sizes)]
+
+    return [plain(side) for side in ours] == [plain(side) for side in other]
 
 
 def _check_references(manifest: Manifest) -> None:

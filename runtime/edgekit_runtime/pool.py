@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Deque, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
@@ -63,7 +63,7 @@ class Pool:
             for sample in samples:
                 if len(waiting) >= _PLACES_PER_STREAM * self._streams:
                     yield waiting.popleft().result()
-                waiting.append(self.submit(sample))
+                waiting.append(self._session.submit(sample))
             while waiting:
                 yield waiting.popleft().result()
         finally:
@@ -72,7 +72,8 @@ class Pool:
 
     def close(self) -> None:
         """Let queued calls end, then end the workers."""
-        self._executor.shutdown(wait=True)
+        inside = threading.current_thread().name.startswith("edgekit")  # a future's callback
+        self._executor.shutdown(wait=not inside)
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> Outputs:
         version, lane = self._lane()
@@ -84,10 +85,14 @@ class Pool:
     def _lane(self) -> Tuple[object, Lane]:
         """Buffers nobody uses now, for the version of the model that is loaded now."""
         session = self._session
-        while not self._lanes.empty():
-            version, lane = self._lanes.get()
-            if version is session._opened:
+        while True:
+            try:
+                version, lane = self._lanes.get_nowait()
+            except Empty:
+                break
+            if version is session._version:
                 return version, lane
             lane.clear()
         with session._lock:
-            return session._opened, session._new_lane(session._opened)
+            session._engine()
+            return session._version, session._new_lane(session._opened)

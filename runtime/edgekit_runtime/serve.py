@@ -105,7 +105,8 @@ def _request(head: bytes, source: IO[bytes]) -> Tuple[Dict[str, Any], Dict[str, 
             data[name] = held if dtype is None else np.frombuffer(held, dtype).reshape(shape)
     except UsageError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError,
+            RecursionError) as error:  # fmt: skip
         raise UsageError(f"a message cannot be read: {one_line(error)}") from None
     return request, data
 

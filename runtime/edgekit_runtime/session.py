@@ -8,15 +8,15 @@ as many at once as the session has streams (`load(..., intent="throughput")`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import weakref
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import (
     TYPE_CHECKING,
     Any,
-    Callable,
     Dict,
     Iterable,
     Iterator,
@@ -31,7 +31,6 @@ import numpy as np
 
 from .engines import Binding, Loaded, Shapes
 from .errors import (
-    BundleError,
     ClosedError,
     EdgeKitError,
     EngineCrashed,
@@ -42,10 +41,10 @@ from .errors import (
     one_line,
 )
 from .hooks import Hooks, Measuring
-from .lane import Lane, retried
-from .manifest import Dim, TensorSpec
+from .lane import Bound, Lane
+from .manifest import Dim, TensorSpec, same_interface
 from .placement import Placement
-from .source import Opened, Source
+from .source import Opened, Processing, Source, processing
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -75,8 +74,13 @@ class Session:
     """
 
     def __init__(self, source: Source, opened: Opened, *, guard: Optional[str] = None) -> None:
-        self.hooks = Hooks(self._watch)
-        self._source, self._lock = source, threading.RLock()
+        me = weakref.ref(self)  # not itself: a session without users ends at once, not some day
+        self.hooks = Hooks(lambda: _do(me, "_watch"))
+        self._source = source
+        # Calls take turns by the first; the second is for making buffers, which workers do, too;
+        # the third for the workers themselves: `refresh` and `close` wait until they are done.
+        self._lock, self._binding_lock = threading.RLock(), threading.RLock()
+        self._pool_lock = threading.Lock()
         self._guard: Optional[Guard] = None
         if guard is not None:
             from .guard import Guard
@@ -89,8 +93,8 @@ class Session:
         self._loaded: Optional[Loaded] = None
         self._watch()
         try:
-            self._install(opened, _processing(opened), self._new_lane(opened))
-        except EdgeKitError:
+            self._install(opened, processing(opened.manifest), self._new_lane(opened))
+        except BaseException:
             opened.loaded.close()
             raise
         _survive_fork(self)
@@ -138,7 +142,10 @@ class Session:
             InputError: they do not fit the model; what fails later is raised by the future.
             QueueFullError: no place became free within `timeout_s` (None: wait).
         """
-        return self._workers().submit(inputs, timeout_s=timeout_s)
+        try:
+            return self._workers().submit(inputs, timeout_s=timeout_s)
+        except ClosedError:  # the workers of a former version, perhaps
+            return self._workers().submit(inputs, timeout_s=timeout_s)
 
     def predict(self, raw: Any) -> Dict[str, Any]:
         """From raw data to a readable answer, through the bundle's own pre- and postprocessing.
@@ -155,8 +162,11 @@ class Session:
 
     def preprocess(self, raw: Any) -> Dict[str, np.ndarray]:
         """What `predict` gives to the model for one sample."""
-        named = raw if isinstance(raw, Mapping) else {self.inputs[0].name: raw}
-        if len(named) != len(self.inputs) and not isinstance(raw, Mapping):
+        if isinstance(raw, Mapping):
+            named = raw
+        elif len(self.inputs) == 1:
+            named = {self.inputs[0].name: raw}
+        else:
             wanted = ", ".join(spec.name for spec in self.inputs)
             raise InputError(f"one value is given for the inputs {wanted}; wanted a dict by name")
         ready = {}
@@ -184,9 +194,8 @@ class Session:
             InputError: a name or shape does not fit the model's inputs.
             EngineError: the engine refuses the shapes, or the session is closed.
         """
-        with self._lock:
-            binding = self._bind(self._shapes(shapes))
-            return Bound(binding, self._lane.inputs, self._lane.outputs)
+        with self._lock, self._survival():
+            return Bound(self, self._bind(self._shapes(shapes)), self._lane)
 
     def stream(
         self,
@@ -233,8 +242,9 @@ class Session:
             for spec in self.inputs:
                 if spec.dtype == "string":
                     zeros[spec.name][...] = ""
-            for _ in range(runs):
-                self._lane.run(zeros)
+            with self._survival():
+                for _ in range(runs):
+                    self._lane.run(zeros)
 
     def measure(self, *, capacity: int = 100_000, energy_j: Any = None) -> Measuring:
         """Measure calls while the context lasts: `with session.measure() as m: ...`.
@@ -259,17 +269,24 @@ class Session:
             return False
         opened = newer.open()
         try:
-            with self._lock:
+            with self._pool_lock, self._lock:
                 self._engine()
-                if (opened.inputs, opened.outputs) != (self.inputs, self.outputs):
+                if not same_interface((opened.inputs, opened.outputs), (self.inputs, self.outputs)):
                     raise ModelError(
                         f"{newer.path} has other inputs or outputs than the version in use; "
                         "load it anew"
                     )
-                processing, lane = _processing(opened), self._new_lane(opened)
+                steps, lane = processing(opened.manifest), self._new_lane(opened)
+                pool, self._pool = self._pool, None
+                if pool is not None:  # its workers take no lock but to make buffers
+                    self._lock.release()
+                    try:
+                        pool.close()
+                    finally:
+                        self._lock.acquire()
                 self._uninstall()
                 self._source = newer
-                self._install(opened, processing, lane)
+                self._install(opened, steps, lane)
         except EdgeKitError:
             opened.loaded.close()
             raise
@@ -280,7 +297,8 @@ class Session:
         """Which device and delegate the engine really uses."""
         with self._lock:
             self._engine()
-            return self._opened.placement()
+            with self._survival(), self._binding_lock:
+                return self._opened.placement()
 
     @property
     def streams(self) -> int:
@@ -304,13 +322,14 @@ class Session:
 
     def close(self) -> None:
         """Free the engine's memory. A closed session refuses to run; queued calls end first."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
-        with self._lock:
-            if self._closed is None:
-                self._closed = _CLOSED
-                self._uninstall()
+        with self._pool_lock:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.close()
+            with self._lock:
+                if self._closed is None:
+                    self._closed = _CLOSED
+                    self._uninstall()
 
     def __enter__(self) -> Session:
         return self
@@ -325,27 +344,33 @@ class Session:
 
     # --- the parts share these; the lock is held ------------------------------------------------
 
-    def _install(self, opened: Opened, processing: _Processing, lane: Lane) -> None:
+    def _install(self, opened: Opened, steps: Processing, lane: Lane) -> None:
+        self._version = object()
         self._opened, self._loaded = opened, opened.loaded
         self.inputs, self.outputs = opened.inputs, opened.outputs
         self.manifest, self.variant = opened.manifest, opened.variant
         self.fallbacks, self.engine_version = opened.fallbacks, opened.loaded.version
-        (self._preprocess, self._postprocess), self._lane = processing, lane
+        (self._preprocess, self._postprocess), self._lane = steps, lane
 
     def _uninstall(self) -> None:
+        if self._loaded is None:
+            return
+        self._loaded.retire()
         self._lane.clear()
-        for binding in list(self._bindings):
-            binding.close()
-        if self._loaded is not None:
+        with self._binding_lock:
+            for binding in list(self._bindings):
+                binding.close()
             self._loaded.close()
             self._loaded = None
+        self._opened = self._opened._replace(loaded=_NOTHING)
 
     def _new_lane(self, opened: Opened) -> Lane:
         """Buffers for one more thread."""
         variant, loaded = opened.variant, opened.loaded
         ins, outs = (variant.input_names, variant.output_names) if variant else (None, None)
+        me = weakref.ref(self)
         return Lane(
-            self._bind,
+            lambda shapes: _do(me, "_bind", shapes),
             _match(opened.inputs, loaded.inputs, ins, "input"),
             _match(opened.outputs, loaded.outputs, outs, "output"),
             stateful=loaded.stateful,
@@ -396,13 +421,21 @@ class Session:
         return answer
 
     def _workers(self) -> Pool:
-        with self._lock:
+        with self._pool_lock:
             self._engine()
             if self._pool is None:
                 from .pool import Pool  # threads and queues: not paid for at import
 
                 self._pool = Pool(self, self._opened.streams)
             return self._pool
+
+    @contextlib.contextmanager
+    def _survival(self) -> Iterator[None]:
+        """What a crash of the engine's process means for every kind of call."""
+        try:
+            yield
+        except EngineCrashed as crash:
+            raise self._take_over(crash) from None
 
     def _take_over(self, crash: EngineCrashed) -> EngineCrashed:
         """After the engine's process died: load the next variant, or this one again. Returns what
@@ -416,9 +449,9 @@ class Session:
                 if self._crashes > _MAX_CRASHES:
                     raise EngineError(f"it has died {self._crashes} times")
                 opened = self._source.after(self._opened, str(crash))
-                self._install(opened, _processing(opened), self._new_lane(opened))
-            except EdgeKitError as error:
-                self._closed = f"{crash}; nothing takes over: {error}"
+                self._install(opened, processing(opened.manifest), self._new_lane(opened))
+            except Exception as error:  # also a FallbackWarning that the user made an error
+                self._closed = f"{crash}; nothing takes over: {one_line(error)}"
                 return EngineCrashed(self._closed)
             name = "the model" if self.variant is None else f"variant {self.variant.id!r}"
             return EngineCrashed(f"{crash}; {name} was loaded for the calls that follow")
@@ -426,13 +459,15 @@ class Session:
     def _abandon(self) -> None:
         """In a forked child: the engine's threads are not here, so not even its destructors may
         run."""
-        self._lock, self._closed, self._pool = threading.RLock(), _FORKED, None
+        self._lock, self._binding_lock = threading.RLock(), threading.RLock()
+        self._pool_lock, self._closed, self._pool = threading.Lock(), _FORKED, None
         for binding in list(self._bindings):
             binding.invoke = _refuse_forked
             _keep_for_ever(binding)
         if self._loaded is not None:
             _keep_for_ever(self._loaded)
         self._lane = Lane(self._bind, self._lane.inputs, ())
+        _keep_for_ever(self._opened)
 
     def _engine(self) -> Loaded:
         if self._closed is not None:
@@ -443,7 +478,9 @@ class Session:
     def _bind(self, shapes: Shapes) -> Binding:
         loaded = self._engine()
         try:
-            binding = loaded.bind(shapes)
+            with self._binding_lock:
+                binding = loaded.bind(shapes)
+                self._bindings.add(binding)
         except EngineCrashed:
             raise
         except Exception as error:
@@ -451,97 +488,40 @@ class Session:
             raise EngineError(
                 f"the engine refused the shapes {listed}: {one_line(error)}"
             ) from error
-        self._bindings.add(binding)
         return binding
 
     def _shapes(self, given: Optional[Mapping[str, Tuple[int, ...]]]) -> Shapes:
         """Concrete shapes in the engine's order."""
         specs, given = self._lane.inputs, given or {}
+        if not isinstance(given, Mapping) or not all(
+            isinstance(shape, (tuple, list))
+            and all(isinstance(d, (int, np.integer)) for d in shape)
+            for shape in given.values()
+        ):
+            raise InputError("shapes are tuples by input name, for instance {'x': (1, 4)}")
         if not set(given) <= {spec.name for spec in specs}:
             raise InputError(
                 f"shapes are given for {', '.join(map(str, given))}; wanted: "
                 f"{', '.join(spec.name for spec in specs)}"
             )
-        if not all(isinstance(shape, (tuple, list)) for shape in given.values()):
-            raise InputError("shapes are tuples by input name, for instance {'x': (1, 4)}")
-        wanted = tuple(tuple(given[s.name]) if s.name in given else s.usual_shape() for s in specs)
+        wanted = tuple(
+            tuple(map(int, given[s.name])) if s.name in given else s.usual_shape() for s in specs
+        )
         for spec, shape in zip(specs, wanted):
             if not spec.accepts(shape) or any(size < 1 for size in shape):
                 raise InputError(f"input {spec} does not take the shape {list(shape)}")
         return wanted
 
 
-class Bound:
-    """Buffers for running without copies: fill `inputs`, call, read `outputs`.
-
-    >>> bound = session.bind()                       # doctest: +SKIP
-    >>> bound.inputs["x"][...] = x; bound(); bound.outputs["y"]   # doctest: +SKIP
-
-    `outputs` are overwritten by the next call. One thread at a time. Hooks and guards are not for
-    this path: nothing is between the caller and the engine.
-    """
-
-    def __init__(
-        self, binding: Binding, inputs: Tuple[TensorSpec, ...], outputs: Tuple[TensorSpec, ...]
-    ) -> None:
-        self._binding = binding
-        self._names = tuple(spec.name for spec in outputs)
-        # Read-only: an array put here in place of a buffer would never reach the engine.
-        self.inputs = MappingProxyType(
-            {spec.name: buffer for spec, buffer in zip(inputs, binding.inputs)}
-        )
-        self._fixed: Optional[Mapping[str, np.ndarray]] = None
-
-    def __call__(self) -> None:
-        """Run on what is in `inputs`.
-
-        Raises:
-            EngineError: the engine failed, or the session is closed.
-        """
-        try:
-            self._binding.invoke()
-        except Exception as error:
-            retried(self._binding, error)
-
-    @property
-    def outputs(self) -> Mapping[str, np.ndarray]:
-        """The engine's output buffers after the last call."""
-        if self._fixed is not None:
-            return self._fixed
-        named = MappingProxyType(dict(zip(self._names, self._binding.outputs)))
-        if self._binding.fixed_outputs:
-            self._fixed = named
-        return named
+_NOTHING: Any = None  # what a closed session holds of the engine
 
 
-_Processing = Tuple[
-    Dict[str, Callable[[Any], np.ndarray]], Callable[[Mapping[str, np.ndarray]], Dict[str, Any]]
-]
-
-
-def _processing(opened: Opened) -> _Processing:
-    """The bundle's steps before the model, by input, and after it.
-
-    Raises:
-        BundleError: a step is unknown or has wrong options.
-    """
-    manifest = opened.manifest
-    before: Dict[str, Callable[[Any], np.ndarray]] = {}
-    after: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
-    try:
-        if manifest is not None and manifest.preprocess:
-            from .preprocess import Preprocess  # most have none: not paid for at import
-
-            for name, one in manifest.preprocess.items():
-                before[name] = Preprocess(one.source, one.steps)
-        if manifest is not None and manifest.postprocess:
-            from .postprocess import Postprocess
-
-            names = [spec.name for spec in manifest.outputs]
-            after = Postprocess(manifest.postprocess, names, manifest.labels)
-    except UsageError as error:
-        raise BundleError(f"the bundle's processing is not understood: {error}") from None
-    return before, after
+def _do(session: weakref.ref[Session], method: str, *arguments: Any) -> Any:
+    """Call a method of a session that may be gone."""
+    found = session()
+    if found is None:
+        raise ClosedError(_CLOSED)
+    return getattr(found, method)(*arguments)
 
 
 def _survive_fork(session: Session) -> None:

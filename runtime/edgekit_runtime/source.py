@@ -12,11 +12,14 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import numpy as np
 
 from .bundle import Bundle, is_bundle
 from .engines import ENGINE_OF_FORMAT, ENGINES, Loaded, Options, load_engine
 from .errors import (
+    BundleError,
     EdgeKitError,
     EngineCrashed,
     EngineError,
@@ -32,7 +35,15 @@ from .errors import (
 from .manifest import Manifest, TensorSpec, Variant
 from .placement import Placement, enforce
 
-__all__ = ["FallbackWarning", "Opened", "Source", "format_of", "model_files"]
+__all__ = [
+    "FallbackWarning",
+    "Opened",
+    "Processing",
+    "Source",
+    "format_of",
+    "model_files",
+    "processing",
+]
 
 _FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino", ".param": "ncnn"}
 #: files that belong to one with this suffix
@@ -173,7 +184,11 @@ class Source:
                 continue
             if passed:
                 text = f"{bundle.path}: runs variant {variant.id!r}; not {'; not '.join(passed)}"
-                warnings.warn(text, FallbackWarning, stacklevel=4)
+                try:
+                    warnings.warn(text, FallbackWarning, stacklevel=4)
+                except FallbackWarning:  # made an error by the user: nothing may stay behind
+                    opened.loaded.close()
+                    raise
             return opened
         if len(failures) == 1:
             failure = failures[0]
@@ -211,6 +226,35 @@ class Source:
         from .isolate import load_isolated
 
         return load_isolated(engine, files, options, timeout_s=self.timeout_s)
+
+
+Processing = Tuple[
+    Dict[str, Callable[[Any], np.ndarray]], Callable[[Mapping[str, np.ndarray]], Dict[str, Any]]
+]
+
+
+def processing(manifest: Optional[Manifest]) -> Processing:
+    """The bundle's steps before the model, by input, and after it.
+
+    Raises:
+        BundleError: a step is unknown or has wrong options.
+    """
+    before: Dict[str, Callable[[Any], np.ndarray]] = {}
+    after: Callable[[Mapping[str, np.ndarray]], Dict[str, Any]] = dict
+    try:
+        if manifest is not None and manifest.preprocess:
+            from .preprocess import Preprocess  # most have none: not paid for at import
+
+            for name, one in manifest.preprocess.items():
+                before[name] = Preprocess(one.source, one.steps)
+        if manifest is not None and manifest.postprocess:
+            from .postprocess import Postprocess
+
+            names = [spec.name for spec in manifest.outputs]
+            after = Postprocess(manifest.postprocess, names, manifest.labels)
+    except UsageError as error:
+        raise BundleError(f"the bundle's processing is not understood: {error}") from None
+    return before, after
 
 
 class _NextVariantError(LimitError):

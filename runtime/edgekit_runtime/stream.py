@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
@@ -29,6 +30,8 @@ def state_pairs(
         UsageError: a name is not the model's, or the two are of different type.
     """
     if given is not None:
+        if not isinstance(given, Mapping):
+            raise UsageError("states are a dict: {INPUT: OUTPUT fed back into it}")
         pairs = dict(given)
     else:
         pairs = {one.input: one.output for one in manifest.states} if manifest else {}
@@ -62,6 +65,9 @@ class Stream:
         outputs: Tuple[TensorSpec, ...],
         given: Mapping[str, Tuple[int, ...]],
     ) -> None:
+        unknown = sorted(set(given) - set(pairs))
+        if unknown and unknown[0] not in {spec.name for spec in inputs}:
+            raise InputError(f"{unknown[0]!r} is no state; there is: {', '.join(pairs) or 'none'}")
         for spec in inputs:
             shape = given.get(spec.name)
             if shape is not None and spec.name not in pairs:
@@ -75,7 +81,7 @@ class Stream:
         self._names = tuple(spec.name for spec in outputs)
         self._binding: Optional[Binding] = None
         self._shapes: Shapes = ()
-        self._version = session._opened
+        self._version = session._version
         self._buffers: Tuple[np.ndarray, ...] = ()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
@@ -96,9 +102,13 @@ class Stream:
             self._binding.close()
             self._binding = None
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # what the engine keeps for it goes with it
+            self.reset()
+
     def _call(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Runs while the session is locked."""
-        if self._session._opened is not self._version:
+        if self._session._version is not self._version:
             raise ClosedError("the stream belongs to a former version of the model; open a new one")
         arrays = checked(self.inputs, inputs)
         shapes = tuple(array.shape for array in arrays)
@@ -127,14 +137,19 @@ class Stream:
             self.reset()
             self._begin(shapes, found)
             named = self._invoke(arrays)
+        # All are copied before any is written: an output may be one of the input's buffers.
+        fed = {name: named[self._pairs[name]].copy() for name in self._states}
         for name, state in self._states.items():
-            after = named.pop(self._pairs[name])
+            after = fed[name]
             if state.shape != after.shape:
                 raise UsageError(
                     f"the state {name!r} went in as {list(state.shape)} and came out as "
                     f"{list(after.shape)}: the model does not carry it"
                 )
-            state[...] = after
+        for name, state in self._states.items():
+            state[...] = fed[name]
+        for fed_by in set(self._pairs.values()):
+            del named[fed_by]
         if self._binding is not None and self._binding.fresh_outputs:
             return named
         return {name: array.copy() for name, array in named.items()}

@@ -401,7 +401,7 @@ def test_isolated_errors_are_the_engines(engine: str, small_model: Models, tmp_p
     for beside in (".bin", ".json"):
         if model.with_suffix(beside).exists():
             path.with_suffix(beside).write_bytes(model.with_suffix(beside).read_bytes())
-    with pytest.raises(ModelError):
+    with pytest.raises((ModelError, EngineCrashed)):  # tflite_runtime dies of it
         load(path, isolate=True)
 
 
@@ -651,6 +651,249 @@ def test_a_damaged_bundle_is_never_activated(small_model: Models, tmp_path: Path
     (root / "eye" / "active.json").write_text('{"schema": "edgekit.active/1", "file": "../../x"}')
     with pytest.raises(BundleError, match="is damaged"):
         open_installed("eye", root=root)
+
+
+# --- what an adversary found ----------------------------------------------------------------------
+
+
+@pytest.mark.needs("onnxruntime", "openvino", "onnx")
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_input_may_be_an_output_too(engine: str, tmp_path: Path) -> None:
+    model = onnx_model(
+        [("Add", ["x", "x"], ["y"], {})],
+        {"x": ("float32", ("N", 2))},
+        {"y": ("float32", ("N", 2)), "x": ("float32", ("N", 2))},
+    )
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    x = noise(3, 2)
+    with load(path, engine=engine) as session:
+        for _ in range(3):
+            out = session.run({"x": x})
+            np.testing.assert_array_equal(out["y"], 2 * x)
+            np.testing.assert_array_equal(out["x"], x)
+            out["x"][...] = 0
+        bound = session.bind({"x": (3, 2)})
+        bound.inputs["x"][...] = x
+        bound()
+        np.testing.assert_array_equal(bound.outputs["x"], x)
+
+
+def test_bound_outputs_follow_their_shape(engine: str, small_model: Models) -> None:
+    with load(small_model(engine, "where")) as session:
+        bound = session.bind({"x": (5,)})
+        held = []
+        for bits in ("10101", "11111", "10000", "01110"):
+            x = np.array([bit == "1" for bit in bits])
+            bound.inputs["x"][...] = x
+            bound()
+            np.testing.assert_array_equal(bound.outputs["y"], np.argwhere(x))
+            held.append((bound.outputs["y"], np.argwhere(x)))
+        if engine != "onnxruntime":  # its first output is a buffer that is written again
+            for array, wanted in held:
+                np.testing.assert_array_equal(array, wanted)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+@pytest.mark.parametrize("isolate", [False, True])
+def test_states_may_feed_each_other(tmp_path: Path, isolate: bool) -> None:
+    """A delay line: what was the input becomes the first state, the first the second."""
+    model = onnx_model(
+        [("Identity", ["x"], ["a"], {}), ("Identity", ["s"], ["b"], {}),
+         ("Identity", ["t"], ["y"], {})],
+        dict.fromkeys(("x", "s", "t"), ("float32", (1,))),
+        dict.fromkeys(("a", "b", "y"), ("float32", (1,))),
+    )  # fmt: skip
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with load(path, isolate=isolate) as session:
+        stream = session.stream({"s": "a", "t": "b"})
+        found = [float(stream.run({"x": np.float32([i])})["y"][0]) for i in range(1, 7)]
+        assert found == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.needs("litert", "tensorflow")
+@pytest.mark.filterwarnings("ignore")
+def test_a_computed_shape_is_not_taken_for_a_fixed_one(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 4], tf.float32, name="x")])
+    def call(x: Any) -> Any:
+        return {"y": tf.reshape(x, [tf.shape(x)[0] * 2, 2])}
+
+    module = tf.Module()
+    module.call = call
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [call.get_concrete_function()], module
+    )
+    path = tmp_path / "m.tflite"
+    path.write_bytes(converter.convert())
+    with load(path) as session:
+        for size in (2, 1, 3):
+            x = noise(size, 4)
+            np.testing.assert_array_equal(session.run({"x": x})["y"], x.reshape(-1, 2))
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_an_interrupted_call_does_not_shift_the_answers(
+    small_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekit_runtime import isolate
+
+    with load(small_model("onnxruntime", "linear"), isolate=True) as session:
+        session.run({"x": X})
+        real = isolate._Child._read
+
+        def interrupted(*_: Any) -> bytes:
+            monkeypatch.setattr(isolate._Child, "_read", real)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(isolate._Child, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.run({"x": X + 1})
+        with pytest.raises(EngineCrashed):
+            session.run({"x": X + 2})
+        assert_linear(session.run({"x": X})["y"], X)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+@pytest.mark.parametrize(
+    "call",
+    [lambda s: s.bind(), lambda s: s.warm_up(), lambda s: s.placement, lambda s: s.run({"x": X})],
+    ids=["bind", "warm_up", "placement", "run"],
+)
+def test_every_call_survives_a_crash(small_model: Models, call: Any) -> None:
+    with load(small_model("onnxruntime", "linear"), isolate=True) as session:
+        bound = session.bind()
+        _child_of(session).kill()
+        _child_of(session).wait()
+        with pytest.raises(EngineCrashed, match="was loaded for the calls that follow"):
+            call(session)
+        call(session)
+        assert_linear(session.run({"x": X})["y"], X)
+        with pytest.raises(ClosedError):
+            bound()
+        _child_of(session).kill()
+    # and closing a session whose process is dead is no error
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_warnings_made_errors_leave_a_clear_state(small_model: Models, tmp_path: Path) -> None:
+    model = small_model("onnxruntime", "linear")
+    path = bundled(tmp_path, "onnxruntime", model, variants=[{}, {}])
+    with load(path, isolate=True) as session:
+        _child_of(session).kill()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(EngineCrashed, match="nothing takes over"):
+                session.run({"x": X})
+        with pytest.raises(ClosedError, match="nothing takes over"):
+            session.run({"x": X})
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_the_working_folder_is_not_searched_for_modules(
+    small_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("onnxruntime", "linear")
+    (tmp_path / "json.py").write_text("raise SystemExit('a stranger')")
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(tmp_path)
+    with load(model, isolate=True) as session:
+        assert_linear(session.run({"x": X})["y"], X)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_a_dropped_bound_gives_its_memory_back(small_model: Models) -> None:
+    with load(small_model("onnxruntime", "linear"), isolate=True) as session:
+        child: Any = session._loaded._child  # type: ignore[union-attr]
+        for _ in range(30):
+            session.bind({"x": (50_000, 4)})
+        gc.collect()
+        session.bind()
+        assert os.fstat(child.memory).st_size < 10 * 50_000 * 7 * 4
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_closing_frees_the_model(small_model: Models) -> None:
+    import weakref
+
+    session = load(small_model("onnxruntime", "linear"))
+    session.run({"x": X})
+    loaded = weakref.ref(session._loaded)
+    session.close()
+    assert loaded() is None
+    again = load(small_model("onnxruntime", "linear"))
+    gone = weakref.ref(again)
+    again.run({"x": X})
+    del again  # without the garbage collector's help
+    assert gone() is None
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_refreshing_beside_submitted_calls(small_model: Models, tmp_path: Path) -> None:
+    model = small_model("onnxruntime", "linear")
+    root = tmp_path / "root"
+    paths = [
+        install(
+            bundled(tmp_path, "onnxruntime", model, bundle_id=letter * 32, sequence=number),
+            "eye", root=root,
+        )
+        for number, letter in enumerate("ab")
+    ]  # fmt: skip
+    stop = threading.Event()
+    with open_installed("eye", root=root, intent="throughput", threads=1) as session:
+
+        def work(number: int) -> None:
+            if number == 0:
+                for turn in range(40):
+                    activate(paths[turn % 2], "eye", root=root)
+                    session.refresh()
+                stop.set()
+            while not stop.is_set():
+                assert_linear(session.submit({"x": X}).result(timeout=60)["y"], X)
+                assert_linear(session.run({"x": X})["y"], X)
+
+        in_threads(4, work)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_installing_mends_what_is_damaged(small_model: Models, tmp_path: Path) -> None:
+    model = small_model("onnxruntime", "linear")
+    good = bundled(tmp_path, "onnxruntime", model)
+    root = tmp_path / "root"
+    path = install(good, "eye", root=root)
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.write_bytes(b"")
+    install(good, "eye", root=root)
+    open_installed("eye", root=root).close()
+    (root / "eye" / "active.json").write_text("{")
+    install(good, "eye", root=root)
+    open_installed("eye", root=root).close()
+    other_data = bundled(
+        tmp_path, "onnxruntime", model, name="recalibrated", sequence=2, bundle_id="d" * 32,
+        inputs=(bundles.TensorSpec("x", "float32", ("M", 4), range=(0.0, 9.0), example=(2, 4)),),
+    )  # fmt: skip
+    install(other_data, "eye", root=root)  # the same interface: ranges come from data
+    with pytest.raises(UsageError, match=r"sequence 1.* is older than the version active"):
+        install(good, "eye", root=root)
+
+
+@pytest.mark.needs("onnxruntime", "onnx")
+def test_a_class_number_may_stay_the_same(tmp_path: Path) -> None:
+    model = onnx_model(
+        [
+            ("Mul", ["x", "z"], ["t"], {}),
+            ("ArgMax", ["t"], ["y"], {"axis": 0, "keepdims": 0}),
+        ],
+        {"x": ("float32", (3,))}, {"y": ("int64", ())}, {"z": np.zeros(3, np.float32)},
+    )  # fmt: skip
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with load(path, guard="raise") as session:
+        for seed in range(8):
+            session.run({"x": noise(3, seed=seed)})
 
 
 # --- leaks ----------------------------------------------------------------------------------------

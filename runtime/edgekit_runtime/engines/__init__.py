@@ -154,6 +154,9 @@ class Loaded(ABC):
         """What the engine says it did with the model; `operators=False` where counting them is
         not for free, and only the shares are wanted."""
 
+    def retire(self) -> None:  # noqa: B027
+        """Bindings are about to be closed, and this after them."""
+
     def close(self) -> None:  # noqa: B027  (most engines free by reference count)
         """Free what reference counting does not."""
 
@@ -241,8 +244,8 @@ def refuse_external_data(onnx: bytes) -> None:
     Raises:
         ModelError: a tensor names a file.
     """
-    # TensorProto.external_data holds {key: "location", value: path}: field 1, 8 bytes; field 2.
-    if b"\x0a\x08location\x12" in onnx:
+    # TensorProto.external_data (field 13) holds {key: "location", value: path}.
+    if re.search(rb"\x6a[\x00-\xff]{1,2}\x0a\x08location\x12", onnx):
         raise ModelError(
             "the ONNX model keeps weights in another file; save it as one file: "
             "onnx.save(onnx.load(path), new_path)"

@@ -77,8 +77,7 @@ class _Loaded(Loaded):
         self.stateful = self._resources or any("LSTM" in k or "RNN" in k or k == "SVDF"
                                                for k in kinds)  # fmt: skip
         inputs = {detail["index"] for detail in self._in}
-        self._suspects = _suspects(operators, inputs)
-        self._tensors_stay: Optional[bool] = None
+        self._tensors_stay = not self._resources and _all_static(operators, inputs)
         self._allocated: Optional[Any] = None
 
     def interpreter(self) -> Any:
@@ -89,10 +88,6 @@ class _Loaded(Loaded):
         self._allocated = interpreter
         if before != shapes:
             self.shaped(interpreter, shapes)
-        if self._tensors_stay is None:  # an interpreter that has run has memory for all of them
-            self._tensors_stay = not self._resources and all(
-                _view(interpreter, index) is not None for index in self._suspects
-            )
         if self._tensors_stay:
             views = [_view(interpreter, detail["index"]) for detail in (*self._in, *self._out)]
             if all(view is not None for view in views):
@@ -208,16 +203,16 @@ def _operators(interpreter: Any) -> List[_Operator]:
     ]
 
 
-def _suspects(operators: List[_Operator], inputs: Set[int]) -> List[int]:
-    """Outputs of operators that may decide their shape while they run. When such a tensor has no
-    memory after allocation, it gets it then, and all others may move."""
+def _all_static(operators: List[_Operator], inputs: Set[int]) -> bool:
+    """Whether no operator can decide its output's shape while it runs. Such an output gets its
+    memory then, and all others may move. Memory after allocation proves nothing: a RESHAPE to a
+    computed shape has some, too."""
     made = inputs.union(*(outputs for _, _, outputs in operators))
-    found: List[int] = []
-    for kind, taken, outputs in operators:
+    for kind, taken, _ in operators:
         varying = sum(index in made for index in taken)
         if kind not in _BY_SHAPE and not (kind in _BY_CONSTANT and varying <= 1):
-            found += outputs
-    return found
+            return False
+    return True
 
 
 def _view(interpreter: Any, index: int) -> Optional[np.ndarray]:

@@ -91,7 +91,8 @@ class _Binding(Binding):
         self.outputs = ()
         self._feed = dict(zip((spec.name for spec in inputs), self.inputs))
         self.invoke = self._first_run
-        if any(spec.dtype == "string" for spec in (*inputs, *outputs)):
+        passed_on = set(self._names) & set(self._feed)  # an input that is an output, too
+        if passed_on or any(spec.dtype == "string" for spec in (*inputs, *outputs)):
             self._unbind()
             return
         known = _output_shapes(inputs, outputs, shapes)

@@ -122,7 +122,13 @@ class _Binding(Binding):
         for index, buffer in enumerate(self.inputs):
             request.set_input_tensor(index, ov.Tensor(buffer, shared_memory=True))
         ports = compiled.outputs
-        self.fixed_outputs = not any(port.partial_shape.is_dynamic for port in ports)
+        # An input that is an output, too, has one tensor for both: it cannot be set twice.
+        self.fixed_outputs = not any(
+            port.partial_shape.is_dynamic
+            or port.get_node().input_value(0).get_node().get_type_name() == "Parameter"
+            for port in ports
+        )
+        self.fresh_outputs = not self.fixed_outputs
         # The method under InferRequest.infer: that one builds a dictionary of copies each time.
         plain = ov.InferRequest.__base__.infer
         self._infer = partial(plain, request, {}, True, False)
@@ -141,7 +147,8 @@ class _Binding(Binding):
     def _run(self) -> None:
         self._infer()
         request = self._request
-        self.outputs = tuple(request.get_output_tensor(i).data for i in range(self._count))
+        # Copies: what a later, larger call replaces must not be looked at any more.
+        self.outputs = tuple(request.get_output_tensor(i).data.copy() for i in range(self._count))
 
     def reset(self) -> None:
         self._request.reset_state()
