@@ -12,9 +12,12 @@ SETTINGS := pyproject.toml runtime/pyproject.toml constraints.txt
 demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
 
+REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow
+
+# What measures runs alone; the rest shares the processors.
 test: check
-	EDGEKIT_REQUIRE=onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow \
-		$(BIN)/python -m pytest
+	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 tests/unit tests/contract
+	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests/e2e
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
