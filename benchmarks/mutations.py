@@ -189,9 +189,10 @@ def main() -> None:
         folder = Path(text)
         print("bundles ", dict(bundle_mutations(args.count, args.seed, folder)), flush=True)
         for fmt in args.formats:
-            print(
-                f"{fmt:<8}", dict(model_mutations(fmt, args.count, args.seed, folder)), flush=True
-            )
+            own = folder / fmt  # files of the same name are another format's
+            own.mkdir()
+            outcomes = model_mutations(fmt, args.count, args.seed, own)
+            print(f"{fmt:<8}", dict(outcomes), flush=True)
 
 
 if __name__ == "__main__":
