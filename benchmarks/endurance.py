@@ -10,12 +10,12 @@ import argparse
 import gc
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from engine_cases import in_threads
 from small_models import SAVERS, linear
 
 from edgekit_runtime import load
@@ -52,11 +52,7 @@ def wrong_answers(path: Path, threads: int, runs: int) -> int:
                 if not np.allclose(found["y"], linear(x), rtol=1e-4, atol=1e-4):
                     wrong.append(number)
 
-        workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
-        for one in workers:
-            one.start()
-        for one in workers:
-            one.join()
+        in_threads(threads, work)
     return len(wrong)
 
 

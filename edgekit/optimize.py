@@ -522,7 +522,7 @@ class _Run:
             "threads": self.threads,
             "seed": request.seed,
             "budget_s": request.budget_s,
-            "data": data_facts(self.data, self.split),
+            "data": data_facts(self.data, self.split, self.pipeline),
             "reference": described[0],
             "candidates": described,
             "chosen": chosen.candidate.id,

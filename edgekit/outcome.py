@@ -10,7 +10,9 @@ from edgekit.artifact import Artifact
 from edgekit.data import Dataset, Split
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import ratio_interval
+from edgekit.pipeline import Pipeline
 from edgekit.plan import Candidate
+from edgekit_runtime.preprocess import Preprocess
 
 __all__ = ["SCHEMA", "Row", "data_facts", "describe", "model_facts"]
 
@@ -84,10 +86,12 @@ def model_facts(path: str, source: Artifact) -> dict[str, Any]:
     }
 
 
-def data_facts(data: Dataset, split: Split) -> dict[str, Any]:
-    """The data and how it was parted."""
+def data_facts(data: Dataset, split: Split, pipeline: Pipeline) -> dict[str, Any]:
+    """The data, what was made of raw samples, and how it was parted."""
+    steps = {n: str(Preprocess(one.source, one.steps)) for n, one in pipeline.preprocess.items()}
     return {
         "source": data.source,
+        "steps": steps,
         "sha256": data.sha256,
         "samples": data.count,
         "calibration": len(split.calibration),

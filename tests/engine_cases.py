@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import bundles
 import numpy as np
 import pytest
-from small_models import linear
+from small_models import BIAS, WEIGHTS, linear
 
 ENGINES = [
     pytest.param("onnxruntime", marks=pytest.mark.needs("onnxruntime", "onnx")),
@@ -53,3 +55,21 @@ def files_of(model: Path) -> dict[str, bytes]:
     """A model's files, as they stand in a bundle."""
     paths = (model, *(model.with_suffix(s) for s in (".bin", ".json")))
     return {f"a/{path.name}": path.read_bytes() for path in paths if path.exists()}
+
+
+def bundled(folder: Path, engine: str, model: Path, *, name: str = "m", **changes: Any) -> Path:
+    """A bundle of the `linear` model; `variants` is a list of changes, one for each variant."""
+    x = noise(2, 1, 4)
+    files = files_of(model)
+    contents = {
+        **files, "a/in.npz": bundles.npz(x=x), "a/out.npz": bundles.npz(y=x @ WEIGHTS + BIAS),
+    }  # fmt: skip
+    common = {"engine": engine, "format": FORMATS[engine], "files": tuple(files)}
+    variants = tuple(
+        bundles.make_variant(**({"id": f"v{i}"} | common | row))
+        for i, row in enumerate(changes.pop("variants", [{}]))
+    )
+    path = folder / f"{name}.edgekit"
+    manifest = bundles.make_manifest(contents, variants=variants, **changes)
+    path.write_bytes(bundles.bundle(manifest, contents))
+    return path

@@ -262,6 +262,7 @@ def _asked(document: _Document, scale: Scale) -> _Markup:
             ("minimize", document["minimize"]),
             ("threads", document["threads"]),
             ("data", data["source"]),
+            *((f"{name} is made by", steps) for name, steps in data.get("steps", {}).items()),
             ("split", split),
         ),
         style="facts wide",

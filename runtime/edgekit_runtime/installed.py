@@ -103,9 +103,11 @@ def install(
     try:
         versions.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as file:
-            path = _write(versions, lambda out: shutil.copyfileobj(file, out), _verified_name)
-    except BundleError as error:
-        raise BundleError(f"{source}: {str(error).partition(': ')[2]}") from None
+            path = _write(
+                versions,
+                lambda out: shutil.copyfileobj(file, out),
+                lambda copy: _verified_name(copy, source),
+            )
     except OSError as error:
         raise EdgeKitError(f"cannot install {source} as {name!r}: {one_line(error)}") from None
     if activate_it:
@@ -146,13 +148,17 @@ def _compare(source: Path, active: Path) -> None:
         )
 
 
-def _verified_name(copy: Path) -> str:
-    with Bundle(copy) as bundle:
-        bundle.verify()
-        processing(bundle.manifest)
-        name = f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
+def _verified_name(copy: Path, source: Path) -> str:
+    """What a sound copy is to be called; what is wrong with it is said of what was copied."""
+    try:
+        with Bundle(copy) as bundle:
+            bundle.verify()
+            processing(bundle.manifest)
+            name = f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
+    except BundleError as error:
+        raise BundleError(f"{source}: {str(error).replace(f'{copy}: ', '', 1)}") from None
     if not _FILE.fullmatch(name):
-        raise BundleError(f"x: the bundle's id {bundle.manifest.bundle_id[:80]!r} is not one")
+        raise BundleError(f"{source}: sequence and id give the name {name[:80]!r}, which is unfit")
     return name
 
 

@@ -1,7 +1,7 @@
 """The engine in a process of its own: what crashes or hangs there is an error here.
 
-The child loads the model and answers over its standard input and output; arrays are in memory
-that both share. To a session it is an engine like any other.
+The child loads the model and answers over a socket pair; arrays are in memory that both share. To
+a session it is an engine like any other.
 
 Messages are a 4-byte little-endian length and JSON; `files` and outputs whose shapes vary follow
 as raw bytes.
@@ -78,7 +78,7 @@ def load_isolated(
 
 
 class _Child:
-    """The process, its pipes and the shared memory. One question at a time."""
+    """The process, the socket and the shared memory. One question at a time."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s, self._lock = timeout_s, threading.Lock()

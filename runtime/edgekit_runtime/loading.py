@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 from .session import Session
 from .source import Source
+
+if TYPE_CHECKING:
+    from .guard import Guard
 
 __all__ = ["load", "open_installed"]
 
@@ -52,11 +55,11 @@ def load(
         LimitError: the engine did not place the model as the bundle promises.
         UsageError: an option that does not exist, or not for this kind of file.
     """
-    _check_guard(guard)
+    watcher = _guard(guard)  # before anything is loaded
     source = Source(
         Path(path), variant, threads, engine, precision, verify, isolate, timeout_s, intent
     )
-    return Session(source, source.open(), guard=guard)
+    return Session(source, source.open(), guard=watcher)
 
 
 def open_installed(
@@ -79,18 +82,18 @@ def open_installed(
     """
     from .installed import active_file, active_path
 
-    _check_guard(guard)
+    watcher = _guard(guard)
     active = active_file(name, root)
     source = Source(
         active_path(active), variant, threads, isolate=isolate, timeout_s=timeout_s,
         intent=intent, active=active,
     )  # fmt: skip
-    return Session(source, source.open(), guard=guard)
+    return Session(source, source.open(), guard=watcher)
 
 
-def _check_guard(guard: Optional[str]) -> None:
-    """Before anything is loaded."""
-    if guard is not None:
-        from .guard import Guard
+def _guard(mode: Optional[str]) -> Optional[Guard]:
+    if mode is None:
+        return None
+    from .guard import Guard
 
-        Guard(guard)
+    return Guard(mode)

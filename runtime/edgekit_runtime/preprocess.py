@@ -122,7 +122,8 @@ class Preprocess:
         elif isinstance(raw, str) and self.source == "text":
             content = raw.encode("utf-8", "surrogatepass")  # which decoding refuses
         fits = isinstance(content, bytes) and self.source != "array"
-        need(fits, f"{what} is a {type(raw).__name__}; wanted {_WANTED[self.source]}")
+        hint = f"; for a file: pathlib.Path({raw[:40]!r})" if isinstance(raw, str) else ""
+        need(fits, f"{what} is a {type(raw).__name__}; wanted {_WANTED[self.source]}{hint}")
         return np.asarray(attempt(what, "cannot be decoded", self._decode, content))
 
     def _check(self, x: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ class Session:
     `fallbacks` says which of the bundle's variants were passed over, and why.
     """
 
-    def __init__(self, source: Source, opened: Opened, *, guard: Optional[str] = None) -> None:
+    def __init__(self, source: Source, opened: Opened, *, guard: Optional[Guard] = None) -> None:
         me = weakref.ref(self)  # not itself: a session without users ends at once, not some day
         self.hooks = Hooks(lambda: _do(me, "_watch"))
         self._source = source
@@ -81,11 +81,7 @@ class Session:
         # the third for the workers themselves: `refresh` and `close` wait until they are done.
         self._lock, self._binding_lock = threading.RLock(), threading.RLock()
         self._pool_lock = threading.Lock()
-        self._guard: Optional[Guard] = None
-        if guard is not None:
-            from .guard import Guard
-
-            self._guard = Guard(guard)
+        self._guard = guard
         self._bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
         self._crashes = 0
         self._closed: Optional[str] = None
@@ -464,10 +460,8 @@ class Session:
         for binding in list(self._bindings):
             binding.invoke = _refuse_forked
             _keep_for_ever(binding)
-        if self._loaded is not None:
-            _keep_for_ever(self._loaded)
+        _keep_for_ever(self._opened)  # and with it what it holds of the engine
         self._lane = Lane(self._bind, self._lane.inputs, ())
-        _keep_for_ever(self._opened)
 
     def _engine(self) -> Loaded:
         if self._closed is not None:

@@ -164,7 +164,7 @@ class Source:
                 if variant.machines:
                     _check_machine(variant)
                 if variant.memory_bytes is not None:
-                    _check_memory(variant, variant.memory_bytes)
+                    _check_memory(variant, variant.memory_bytes, isolated=self.isolate)
                 if self.verify and not number:
                     files = kept
                 else:
@@ -176,19 +176,20 @@ class Source:
                     manifest.inputs, manifest.outputs, manifest, variant, tuple(passed),
                     options.streams,
                 )  # fmt: skip
-                self._enforce(opened, variant)
+                try:
+                    self._enforce(opened, variant)
+                    if passed:
+                        listed = "; not ".join(passed)
+                        text = f"{bundle.path}: runs variant {variant.id!r}; not {listed}"
+                        warnings.warn(text, FallbackWarning, stacklevel=4)
+                except BaseException:  # also a warning that the user made an error
+                    opened.loaded.close()
+                    raise
             except (EngineMissingError, EngineTooOldError, EngineCrashed, LowMemoryError,
                     WrongDeviceError, _NextVariantError) as error:  # fmt: skip
                 failures.append(error)
                 passed = [*passed, f"{variant.id}: {one_line(error)}"]
                 continue
-            if passed:
-                text = f"{bundle.path}: runs variant {variant.id!r}; not {'; not '.join(passed)}"
-                try:
-                    warnings.warn(text, FallbackWarning, stacklevel=4)
-                except FallbackWarning:  # made an error by the user: nothing may stay behind
-                    opened.loaded.close()
-                    raise
             return opened
         if len(failures) == 1:
             failure = failures[0]
@@ -206,11 +207,10 @@ class Source:
         except LimitError as error:
             if variant.on_misplacement == "warn":
                 warnings.warn(str(error), FallbackWarning, stacklevel=5)
-                return
-            opened.loaded.close()
-            if variant.on_misplacement == "next":
+            elif variant.on_misplacement == "next":
                 raise _NextVariantError(str(error)) from None
-            raise
+            else:
+                raise
 
     def _options(self, threads: int, precision: str) -> Options:
         used = threads if self.threads is None else self.threads
@@ -271,10 +271,11 @@ def _check_machine(variant: Variant) -> None:
         )
 
 
-def _check_memory(variant: Variant, memory_bytes: int) -> None:
+def _check_memory(variant: Variant, memory_bytes: int, *, isolated: bool) -> None:
     from .machine import free_memory_bytes, rss_bytes
 
-    free, own = free_memory_bytes(), rss_bytes() or 0
+    free = free_memory_bytes()
+    own = 0 if isolated else rss_bytes() or 0  # a process of its own begins with nothing
     if free is not None and memory_bytes - own > free:
         raise LowMemoryError(
             f"variant {variant.id!r} needs {(memory_bytes - own) / 1e6:.0f} MB more, "

@@ -14,37 +14,26 @@ import bundles
 import numpy as np
 import pytest
 from engine_cases import (
-    ENGINES,
     FORMATS,
     ONNX_ENGINES,
     Models,
     assert_linear,
+    bundled,
     files_of,
     in_threads,
     noise,
 )
-from small_models import BIAS, WEIGHTS, convolved, onnx_linear, onnx_model
+from small_models import convolved, onnx_linear, onnx_model
 
 from edgekit_runtime import EngineError, InputError, ModelError, Session, UsageError, load
-from edgekit_runtime.errors import EngineMissingError, LimitError
+from edgekit_runtime.errors import EngineMissingError, EngineTooOldError, LimitError
 from edgekit_runtime.golden import check
 from edgekit_runtime.probe import probe
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=ONNX_ENGINES)
 def onnx_engine(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def session(engine: str, small_model: Models) -> Any:
-    with load(small_model(engine, "linear")) as opened:
-        yield opened
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -483,6 +472,37 @@ def test_unknown_and_unfit_engines_are_refused(engine: str, small_model: Models)
         load(path, variant="a")
 
 
+def test_a_model_of_a_later_version_is_refused_as_such(
+    engine: str, small_model: Models, tmp_path: Path
+) -> None:
+    """Operator versions nobody has yet."""
+    model = small_model(engine, "linear")
+    path = tmp_path / model.name
+    _copy_beside(model, path)
+    if engine == "onnxruntime":
+        import onnx
+
+        newer = onnx.load(model)
+        newer.opset_import[0].version = 99
+        path.write_bytes(newer.SerializeToString())
+    elif engine == "openvino":
+        path.write_text(model.read_text().replace('version="opset1"', 'version="opset99"'))
+    elif engine == "litert":
+        schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+        import flatbuffers
+
+        parsed = schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytearray(model.read_bytes()), 0))
+        parsed.operatorCodes[0].version = 99
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(parsed.Pack(builder), b"TFL3")
+        path.write_bytes(bytes(builder.Output()))
+    else:
+        path.write_text(model.read_text().replace("InnerProduct", "OuterProduct9"))
+    with pytest.raises(EngineTooOldError) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
 # --- what is particular to ONNX -------------------------------------------------------------------
 
 
@@ -600,25 +620,10 @@ def test_an_ir_needs_its_bin(small_model: Models, tmp_path: Path) -> None:
 # --- bundles --------------------------------------------------------------------------------------
 
 
-def _bundled(engine: str, model: Path, **changes: Any) -> bytes:
-    x = noise(2, 1, 4)
-    files = files_of(model)
-    contents = {
-        **files,
-        "a/in.npz": bundles.npz(x=x),
-        "a/out.npz": bundles.npz(y=x @ WEIGHTS + BIAS),
-    }
-    variant = bundles.make_variant(
-        engine=engine, format=FORMATS[engine], files=tuple(files), **changes
-    )
-    return bundles.bundle(bundles.make_manifest(contents, variants=(variant,)), contents)
-
-
 def test_a_bundle_runs_and_keeps_its_promise(
     engine: str, small_model: Models, tmp_path: Path
 ) -> None:
-    path = tmp_path / "m.edgekit"
-    path.write_bytes(_bundled(engine, small_model(engine, "linear")))
+    path = bundled(tmp_path, engine, small_model(engine, "linear"))
     with load(path) as session:
         assert session.inputs[0].shape == ("N", 4)
         for size in (2, 1, 5):
@@ -662,9 +667,8 @@ def test_a_bundle_may_rename_what_the_engine_names(
 def test_a_bundle_that_promises_another_device_is_refused(
     engine: str, small_model: Models, tmp_path: Path
 ) -> None:
-    path = tmp_path / "m.edgekit"
     model = small_model(engine, "linear")
-    path.write_bytes(_bundled(engine, model, placement={"NPU": 0.5}))
+    path = bundled(tmp_path, engine, model, variants=[{"placement": {"NPU": 0.5}}])
     with pytest.raises(LimitError, match=r"50 % of its operators on NPU, the engine placed 0 %"):
         load(path)
 

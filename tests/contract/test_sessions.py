@@ -13,7 +13,7 @@ from typing import Any
 import bundles
 import numpy as np
 import pytest
-from engine_cases import ENGINES, FORMATS, Models, assert_linear, files_of, in_threads, noise
+from engine_cases import Models, assert_linear, bundled, in_threads, noise
 from small_models import BIAS, WEIGHTS, onnx_model
 
 from edgekit_runtime import (
@@ -39,41 +39,6 @@ from edgekit_runtime import (
 from edgekit_runtime.installed import activate, install
 
 X = noise(2, 4)
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def session(engine: str, small_model: Models) -> Any:
-    with load(small_model(engine, "linear")) as opened:
-        yield opened
-
-
-def bundled(folder: Path, engine: str, model: Path, *, name: str = "m", **changes: Any) -> Path:
-    """A bundle of the `linear` model; `variants` is a list of changes, one for each variant."""
-    x = noise(2, 1, 4)
-    files = files_of(model)
-    contents = {
-        **files, "a/in.npz": bundles.npz(x=x), "a/out.npz": bundles.npz(y=x @ WEIGHTS + BIAS),
-    }  # fmt: skip
-    rows = changes.pop("variants", [{}])
-    variants = tuple(
-        bundles.make_variant(
-            **(
-                {"id": f"v{i}", "engine": engine, "format": FORMATS[engine], "files": tuple(files)}
-                | row
-            )
-        )
-        for i, row in enumerate(rows)
-    )
-    path = folder / f"{name}.edgekit"
-    path.write_bytes(
-        bundles.bundle(bundles.make_manifest(contents, variants=variants, **changes), contents)
-    )
-    return path
 
 
 # --- in the background ----------------------------------------------------------------------------
@@ -534,7 +499,6 @@ def test_a_forked_session_refuses(engine: str, small_model: Models) -> None:
 # --- which variant, and why -----------------------------------------------------------------------
 
 
-@pytest.mark.needs("onnxruntime", "onnx")
 @pytest.mark.parametrize(
     ("first", "kind", "says"),
     [
@@ -546,13 +510,14 @@ def test_a_forked_session_refuses(engine: str, small_model: Models) -> None:
     ids=["machine", "memory", "engine", "placement"],
 )
 def test_what_does_not_run_here_is_passed_over_aloud(
-    small_model: Models, tmp_path: Path, first: dict[str, Any], kind: type[Exception], says: str
-) -> None:
-    model = small_model("onnxruntime", "linear")
-    alone = bundled(tmp_path, "onnxruntime", model, variants=[first])
+    engine: str, small_model: Models, tmp_path: Path, first: dict[str, Any],
+    kind: type[Exception], says: str,
+) -> None:  # fmt: skip
+    model = small_model(engine, "linear")
+    alone = bundled(tmp_path, engine, model, variants=[first])
     with pytest.raises(kind, match=says):
         load(alone)
-    both = bundled(tmp_path, "onnxruntime", model, variants=[first, {}], name="both")
+    both = bundled(tmp_path, engine, model, variants=[first, {}], name="both")
     with pytest.warns(FallbackWarning, match=says), load(both) as session:
         assert session.variant is not None
         assert session.variant.id == "v1"
@@ -560,7 +525,7 @@ def test_what_does_not_run_here_is_passed_over_aloud(
         assert_linear(session.run({"x": X})["y"], X)
     with pytest.raises(kind, match=says):
         load(both, variant="v0")  # asked for by name: nothing else will do
-    none = bundled(tmp_path, "onnxruntime", model, variants=[first, first], name="none")
+    none = bundled(tmp_path, engine, model, variants=[first, first], name="none")
     with pytest.raises(kind, match="no variant runs here: v0: .*; v1: "):
         load(none)
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bundles
 import numpy as np
 import pytest
-from engine_cases import files_of
-from small_models import BIAS, WEIGHTS, linear
+from engine_cases import bundled
+from small_models import linear
 
 from edgekit.artifact import TensorSpec
 from edgekit.cache import Cache
@@ -218,19 +217,10 @@ def test_a_bad_sample_is_named(
 @pytest.fixture
 def bundle(read: Callable[[str], Pipeline], small_model: Any, tmp_path: Path) -> Path:
     around = read(STEPS)
-    x = np.zeros((2, 1, 4), np.float32)
-    contents = {
-        **files_of(small_model("onnxruntime", "linear")),
-        "a/in.npz": bundles.npz(x=x), "a/out.npz": bundles.npz(y=x @ WEIGHTS + BIAS),
-    }  # fmt: skip
-    variant = bundles.make_variant(files=("a/linear.onnx",))
-    manifest = bundles.make_manifest(
-        contents, variants=(variant,), labels=around.labels, preprocess=around.preprocess,
-        postprocess=around.postprocess,
+    return bundled(
+        tmp_path, "onnxruntime", small_model("onnxruntime", "linear"), labels=around.labels,
+        preprocess=around.preprocess, postprocess=around.postprocess,
     )  # fmt: skip
-    path = tmp_path / "m.edgekit"
-    path.write_bytes(bundles.bundle(manifest, contents))
-    return path
 
 
 def _softmax(row: np.ndarray) -> np.ndarray:
@@ -302,14 +292,6 @@ def test_the_command_line_takes_files(
 def test_processing_nobody_knows_is_refused_at_load(
     small_model: Any, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    x = np.zeros((2, 1, 4), np.float32)
-    contents = {
-        **files_of(small_model("onnxruntime", "linear")),
-        "a/in.npz": bundles.npz(x=x), "a/out.npz": bundles.npz(y=x @ WEIGHTS + BIAS),
-    }  # fmt: skip
-    variant = bundles.make_variant(files=("a/linear.onnx",))
-    manifest = bundles.make_manifest(contents, variants=(variant,), **changes)
-    path = tmp_path / "m.edgekit"
-    path.write_bytes(bundles.bundle(manifest, contents))
+    path = bundled(tmp_path, "onnxruntime", small_model("onnxruntime", "linear"), **changes)
     with pytest.raises(BundleError, match="processing is not understood"):
         load(path)

@@ -223,7 +223,7 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
 
 #: how engines say that a model is of a later version than they know
 _TOO_NEW = (
-    r"(?i)(opset|ir.?version|domain_version).*(support|guarantee|max)|unsupported model IR"
+    r"(?i)(opset|ir.?version|domain_version).*(support|guarantee|max)|unsupported (model IR|opset)"
     r"|Didn't find op for builtin opcode|version of this (op|builtin)"
 )
 
