@@ -44,8 +44,11 @@ def over_budget(drop: float, max_drop: float, broken: int, samples: int) -> str 
     return None
 
 
-def rank(entrants: Sequence[Entrant], reference: Entrant, aim: Aim) -> Choice:
-    """Never worse: what is neither faster nor smaller than the reference is dropped.
+def rank(
+    entrants: Sequence[Entrant], reference: Entrant, aim: Aim, *, eligible: bool = True
+) -> Choice:
+    """Never worse: what is neither faster nor smaller than the reference is dropped. Unless the
+    reference is not `eligible`, since the device cannot run it: then there is no other choice.
 
     "Faster" needs the whole 95 % interval of the ratio below 1. Among contenders that the
     intervals cannot tell from the fastest, the smallest is taken.
@@ -55,14 +58,16 @@ def rank(entrants: Sequence[Entrant], reference: Entrant, aim: Aim) -> Choice:
         if one.id == reference.id:
             continue
         ratio, _, high = _ratio(one, reference)
-        if not high < 1.0 and not one.size_bytes < reference.size_bytes:
+        if eligible and not high < 1.0 and not one.size_bytes < reference.size_bytes:
             dropped[one.id] = (
                 f"neither faster ({ratio:.2f}x) nor smaller "
                 f"({_kb(one.size_bytes)} against {_kb(reference.size_bytes)}) than fp32"
             )
         else:
             kept.append(one)
-    field = [reference, *kept]
+    field = [reference, *kept] if eligible else kept
+    if not field:
+        return Choice((), dropped, "")
     if aim == "size":
         order = sorted(field, key=lambda e: (e.size_bytes, _middle(e)))
         why = f"the smallest within the accuracy budget ({_kb(order[0].size_bytes)})"

@@ -1,172 +1,417 @@
 """DeviceProfile: the facts about a device that decide what is tried on it.
 
-Profiles are TOML files in `edgekit_device_profiles`; every figure names its source. The profile
-`this-machine` is probed live. Unknown facts are absent, never guessed.
+Profiles are TOML files, one device each (`edgekit_device_profiles`, or the user's own). Unknown
+facts are absent, never guessed, and every figure names its source: `[[sources]]` entries say which
+fields they are for and what the source states, and the figure must be found in those words.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import tomllib
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from edgekit import sandbox
-from edgekit.errors import EdgeKitError, UsageError
-from edgekit_runtime.engines import ENGINES, engine_version
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
-    "THIS_MACHINE",
+    "SCHEMA",
+    "Accelerator",
+    "Cluster",
+    "ComputeRoof",
+    "Count",
     "Cpu",
+    "Defaults",
     "DeviceProfile",
+    "EngineFacts",
+    "Facts",
+    "Memory",
+    "Name",
+    "Power",
     "Quantization",
-    "load_profile",
-    "probe_engine",
-    "profile_ids",
-    "this_machine",
+    "Roofline",
+    "Source",
+    "System",
+    "Thermal",
+    "Version",
+    "figure_is_in",
 ]
 
-THIS_MACHINE = "this-machine"
 SCHEMA = "edgekit.device/1"
 
-Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, strict=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*([.a-z0-9+-]*)$")]
+Dtype = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+    "int4", "bool",
+]  # fmt: skip
+Activation = Literal["float32", "float16", "bfloat16", "int16", "uint16", "int8", "uint8"]
+Weight = Literal["float32", "float16", "bfloat16", "int8", "uint8", "int4"]
+Arch = Literal["x86_64", "aarch64", "armv7l", "armv6-m", "armv7e-m", "armv8.1-m", "xtensa", "riscv"]
 
 
-class _Facts(BaseModel):
+class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Cpu(_Facts):
-    """`features` use Linux's names (`/proc/cpuinfo`): asimddp, avx2, avx512_vnni ..."""
+class Cluster(Facts):
+    """Cores of one kind. `max_hz` is the highest clock the maker states."""
+
+    core: str
+    count: Count
+    max_hz: Count | None = None
+
+
+class Cpu(Facts):
+    """`features` use Linux's names (`/proc/cpuinfo`): asimddp, avx2, avx512_vnni ...
+
+    `simd_bits` is the width of one vector register: channel counts that fill it run best.
+    """
 
     model: str | None = None
-    cores: Positive | None = None
+    cores: Count | None = None
+    clusters: dict[Name, Cluster] | None = None
     features: list[str] | None = None
+    simd_bits: Count | None = None
 
 
-class Quantization(_Facts):
-    """`reduce_range`: weights in 7 bits, since 8-bit pair sums saturate in int16 on this CPU."""
+class Memory(Facts):
+    """`ram_bytes` where there is one figure, `ram_sold_bytes` where boards differ by what was
+    bought. `sram_bytes` is all of it on chip, `sram_bank_bytes` its largest part in one piece,
+    which an arena must fit. `model_bytes` is what a model may take at most, all included."""
 
-    reduce_range: bool = False
+    ram_bytes: Count | None = None
+    ram_sold_bytes: list[Count] | None = None
+    sram_bytes: Count | None = None
+    sram_bank_bytes: Count | None = None
+    flash_bytes: Count | None = None
+    storage_bytes: Count | None = None
+    model_bytes: Count | None = None
+
+
+class System(Facts):
+    """The software a device comes with, or was probed with."""
+
+    name: Literal["linux", "android", "windows", "bare-metal", "freertos", "zephyr"]
+    release: str | None = None
+    kernel: str | None = None
+    libc: str | None = None
+    python: Version | None = None
+
+
+class EngineFacts(Facts):
+    """What is known of an engine on this device.
+
+    `minimum` is the oldest version that will do, `version` the one installed, of which
+    `distribution` where several provide the engine (litert: `tflite-runtime`). `opset` is the
+    highest ONNX opset it takes, `operator_versions` the highest version per TFLite operator: both
+    only where this device differs from the engine's own table (`edgekit.operators`).
+    `static_shapes`: it takes no free dimensions.
+    """
+
+    minimum: Version | None = None
+    version: Version | None = None
+    distribution: str | None = None
+    opset: Count | None = None
+    operator_versions: dict[str, Count] | None = None
+    static_shapes: bool = False
+
+
+class Accelerator(Facts):
+    """Something beside the CPU that can run operators, reached through an engine.
+
+    The operators it takes are in `operator_table` (see `edgekit.operators`), or listed here:
+    `operators` in the names of `operator_format`. Neither where no list is published. `dtypes`
+    are those of activations. `sram_bytes` is its own working memory, `memory_bytes` the most a
+    model may use there. Rates count two operations per multiply-accumulate, as the maker states
+    them (peak, not sustained).
+    """
+
+    kind: Literal["npu", "gpu", "dsp", "tpu"]
+    model: str | None = None
+    engine: str
+    provider: str | None = None
+    operator_table: Name | None = None
+    operator_format: Literal["onnx", "tflite"] | None = None
+    operators: list[str] | None = None
+    dtypes: list[Activation] | None = None
+    weight_dtypes: list[Weight] | None = None
+    per_channel: bool | None = None
+    static_shapes: bool = False
+    layouts: list[Literal["NHWC", "NCHW"]] | None = None
+    most_dimensions: Count | None = None
+    sram_bytes: Count | None = None
+    memory_bytes: Count | None = None
+    int8_ops_per_s: Rate | None = None
+    float16_ops_per_s: Rate | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if (self.operators is None) is not (self.operator_format is None):
+            raise ValueError("operators and operator_format come together")
+        if self.operators is not None and self.operator_table is not None:
+            raise ValueError("operators are given twice: here and by operator_table")
+        return self
+
+
+class Quantization(Facts):
+    """Which quantization schemes are legal here.
+
+    `per_channel`: a scale per output channel of the weights is allowed. `activations` and
+    `weights` are the types allowed (None: any). `symmetric`: activations must have zero point 0.
+    `reduce_range`: weights in 7 bits, since 8-bit pair sums saturate in int16 on this CPU.
+    """
+
     per_channel: bool = True
+    symmetric: bool = False
+    reduce_range: bool = False
+    activations: list[Activation] | None = None
+    weights: list[Weight] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("activations", "weights"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is empty, so that nothing may run; leave it out for any")
+        return self
 
 
-class DeviceProfile(_Facts):
-    """What is known of a device. `sources` says where each figure is from, by dotted name."""
+class Defaults(Facts):
+    """What EdgeKit uses unless told otherwise: threads, and the cores they are kept on."""
+
+    threads: Count | None = None
+    affinity: list[Annotated[int, Field(ge=0)]] | None = None
+
+
+class Thermal(Facts):
+    """`throttle_c` is where the maker says clocks are lowered, degrees Celsius."""
+
+    throttle_c: Rate | None = None
+    notes: str | None = None
+
+
+class Power(Facts):
+    """Watts as the maker states them."""
+
+    typical_w: Rate | None = None
+    most_w: Rate | None = None
+    notes: str | None = None
+
+
+class ComputeRoof(Facts):
+    """A rate that was reached here; two operations per multiply-accumulate."""
+
+    engine: str
+    kind: Literal["gemm", "depthwise"]
+    dtype: Literal["float32", "float16", "int8"]
+    threads: Count
+    ops_per_s: Rate
+
+
+class Roofline(Facts):
+    """The device's roof as measured: what no model can exceed there (Williams et al., 2009)."""
+
+    memory_bytes_per_s: Rate | None = None
+    threads: Count
+    compute: list[ComputeRoof] = []
+
+
+class Source(Facts):
+    """Where figures come from.
+
+    `fields` are dotted names; a name covers all that is below it. `says` is what the source
+    states, with its own figures and units. kind `choice` is a decision of this profile's author,
+    whose reason `says` gives.
+    """
+
+    fields: Annotated[list[str], Field(min_length=1)]
+    kind: Literal["datasheet", "documentation", "header", "probe", "choice"]
+    title: str
+    says: str | None = None
+    url: str | None = None
+
+    @model_validator(mode="after")
+    def _is_checkable(self) -> Self:
+        if self.kind != "probe" and not self.says:
+            raise ValueError("says is missing: what the source states, with its figures")
+        return self
+
+
+class DeviceProfile(Facts):
+    """What is known of a device."""
 
     schema_: Literal["edgekit.device/1"] = Field(alias="schema")
-    id: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    id: Name
     name: str
-    arch: Literal["x86_64", "aarch64", "armv7l"]
+    kind: Literal["board", "module", "phone", "microcontroller", "pc", "server", "generic"]
+    soc: str | None = None
+    arch: Arch
+    notes: str | None = None
     cpu: Cpu = Cpu()
-    memory_bytes: Positive | None = None
-    engines: list[str]
-    threads: Positive
+    memory: Memory = Memory()
+    system: System | None = None
+    engines: dict[str, EngineFacts]
+    accelerators: dict[Name, Accelerator] = {}
     quantization: Quantization = Quantization()
-    sources: dict[str, str]
+    defaults: Defaults = Defaults()
+    thermal: Thermal = Thermal()
+    power: Power = Power()
+    roofline: Roofline | None = None
+    sources: list[Source]
+
+    @property
+    def threads(self) -> int:
+        """The threads engines get unless the user says otherwise."""
+        return self.defaults.threads or 1
+
+    def source_of(self, field: str) -> Source | None:
+        """The source of a field by its dotted name: the entry with the longest name that covers
+        it."""
+        best: tuple[int, Source] | None = None
+        for source in self.sources:
+            for name in source.fields:
+                covers = field == name or field.startswith(f"{name}.")
+                if covers and (best is None or len(name) > best[0]):
+                    best = (len(name), source)
+        return best[1] if best else None
+
+    def facts(self) -> Iterator[tuple[str, Any]]:
+        """Every stated fact that needs a source, as `(dotted name, value)`; lists whole."""
+        stated = self.model_dump(by_alias=True, exclude_unset=True)
+        for key in ("schema", "id", "name", "kind", "arch", "notes", "sources"):
+            stated.pop(key, None)
+        if not self.engines:
+            stated.pop("engines")
+        yield from _leaves("", stated)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for fault in (*self._contradictions(), *self._unsourced()):
+            raise ValueError(fault)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        cpu, memory = self.cpu, self.memory
+        if cpu.clusters and cpu.cores:
+            together = sum(one.count for one in cpu.clusters.values())
+            if together != cpu.cores:
+                yield f"cpu.clusters have {together} cores together, cpu.cores says {cpu.cores}"
+        if cpu.cores and self.threads > cpu.cores:
+            yield f"defaults.threads is {self.threads}, cpu.cores only {cpu.cores}"
+        outside = [core for core in self.defaults.affinity or [] if core >= (cpu.cores or 1 << 20)]
+        if outside:
+            yield f"defaults.affinity names core {outside[0]}, cpu.cores is {cpu.cores}"
+        foreign = _FOREIGN.get(self.arch, frozenset()) & set(cpu.features or [])
+        if foreign:
+            yield f"cpu.features: {sorted(foreign)[0]} does not exist on {self.arch}"
+        for part, whole in (("model_bytes", "ram_bytes"), ("sram_bank_bytes", "sram_bytes")):
+            some, most = getattr(memory, part), getattr(memory, whole)
+            if some and most and some > most:
+                yield f"memory.{part} is {some}, memory.{whole} only {most}"
+        for name, engine in self.engines.items():
+            if engine.minimum and engine.version and _older(engine.version, engine.minimum):
+                yield (
+                    f"engines.{name}.version is {engine.version}, older than its minimum "
+                    f"{engine.minimum}"
+                )
+        for name, one in self.accelerators.items():
+            if one.engine not in self.engines:
+                yield f"accelerators.{name}.engine is {one.engine}, which engines does not list"
+        rules = self.quantization
+        if rules.weights and set(rules.weights).isdisjoint(_WEIGHTS_FOR(rules.activations)):
+            yield (
+                f"quantization: weights {', '.join(rules.weights)} go with none of the "
+                f"activations {', '.join(rules.activations or [])}"
+            )
+
+    def _unsourced(self) -> Iterator[str]:
+        stated = dict(self.facts())
+        for source in self.sources:
+            for name in source.fields:
+                if not any(f == name or f.startswith(f"{name}.") for f in stated):
+                    yield f"sources: {name} is not stated in this profile ({source.title})"
+        for name, value in stated.items():
+            origin = self.source_of(name)
+            if origin is None:
+                yield f"{name} has no source; add it to the fields of one under [[sources]]"
+            elif origin.kind not in ("probe", "choice"):
+                for figure in _figures(name, value):
+                    if not figure_is_in(figure, origin.says or ""):
+                        yield (
+                            f"{name}: {figure} is not in what its source says "
+                            f"({origin.title}: {origin.says!r})"
+                        )
 
 
-def profile_ids() -> list[str]:
-    """The ids of all profiles, `this-machine` first."""
-    files = resources.files("edgekit_device_profiles").iterdir()
-    return [THIS_MACHINE, *sorted(f.name[:-5] for f in files if f.name.endswith(".toml"))]
+_X86 = frozenset(
+    ("sse", "sse2", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "avx512f", "avx512_vnni")
+)
+_ARM = frozenset(("asimd", "asimddp", "asimdhp", "i8mm", "sve", "sve2", "neon", "fphp", "vfpv4"))
+#: features that show that a profile mixes two architectures up
+_FOREIGN = {"x86_64": _ARM, "aarch64": _X86, "armv7l": _X86}
 
 
-def load_profile(profile_id: str) -> DeviceProfile:
-    """A profile by id, or from a TOML file.
+def _WEIGHTS_FOR(activations: list[Activation] | None) -> set[str]:  # noqa: N802
+    """Weight types that can go with these activation types."""
+    floats = {"float32", "float16", "bfloat16"}
+    if activations is None or floats & set(activations):
+        return {*floats, "int8", "uint8", "int4"}
+    return {"int8", "uint8", "int4"}
 
-    Raises:
-        UsageError: no such profile (the known ones are listed), or the file is not a valid one.
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif value is not None and value != [] and not prefix.endswith(".notes"):
+        yield prefix, value
+
+
+def _figures(name: str, value: Any) -> Iterator[int | float | str]:
+    """The figures of a field: numbers (flags are none), and versions, which are text."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _figures(name, one)
+    elif name.rpartition(".")[2] in ("minimum", "version", "python"):
+        yield str(value)
+
+
+_WORDS = {
+    1: ("one", "single"), 2: ("two", "dual"), 3: ("three", "triple"), 4: ("four", "quad"),
+    5: ("five",), 6: ("six", "hexa"), 7: ("seven",), 8: ("eight", "octa"), 10: ("ten", "deca"),
+}  # fmt: skip
+_SCALES = {
+    "k": (10**3, 2**10), "m": (10**6, 2**20), "g": (10**9, 2**30), "t": (10**12, 2**40),
+    "": (1, 1),
+}  # fmt: skip
+_NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(?:[\s-]?([kmgtKMGT])(?=i?[A-Za-z]*\b))?")
+
+
+def figure_is_in(figure: int | float | str, text: str) -> bool:
+    """Whether a figure is stated in a text, in any usual spelling.
+
+    `2400000000` is found in "2.4 GHz", `536870912` in "512 MB" and in "512 MiB" (memory is
+    counted in powers of two under either name), `4` in "quad-core".
     """
-    if profile_id == THIS_MACHINE:
-        return this_machine()
-    if profile_id.endswith(".toml"):
-        try:
-            text = Path(profile_id).read_text()
-        except OSError as error:
-            raise UsageError(f"cannot read {profile_id}: {error.strerror}") from None
-    elif profile_id in profile_ids():
-        file = resources.files("edgekit_device_profiles") / f"{profile_id}.toml"
-        text = file.read_text()
-    else:
-        known = ", ".join(profile_ids())
-        raise UsageError(f"no device profile {profile_id!r}; known: {known}, or a .toml file")
-    try:
-        return DeviceProfile.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{profile_id} is not TOML: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the profile"
-        raise UsageError(f"{profile_id}: {where}: {first['msg']}") from None
+    if isinstance(figure, str):
+        return re.search(rf"(?<![\w.]){re.escape(figure)}(?![\w]|\.\d)", text) is not None
+    if any(word in text.lower() for word in _WORDS.get(int(figure), ()) if figure == int(figure)):
+        return True
+    for match in _NUMBER.finditer(text):
+        number = float(match[1].replace(",", "").rstrip("."))
+        scales = {1, *_SCALES[(match[2] or "").lower()]}
+        if any(abs(number * scale - figure) <= 1e-9 * abs(figure) for scale in scales):
+            return True
+    return False
 
 
-def this_machine() -> DeviceProfile:
-    """The profile of the machine this runs on; engines are those whose one-op probe ran."""
-    import psutil
+def _older(one: str, other: str) -> bool:
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", version)]
 
-    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    model, features = _cpuinfo()
-    cores = _usable_cores()
-    # int8 matmul kernels for AVX2 and AVX512 without VNNI add pairs of products in int16
-    # (vpmaddubsw), which saturates with 8-bit weights; Arm's widen and do not.
-    saturates = arch == "x86_64" and not {"avx512_vnni", "avx_vnni"} & set(features)
-    return DeviceProfile.model_validate(
-        {
-            "schema": SCHEMA,
-            "id": THIS_MACHINE,
-            "name": f"this machine ({model or arch})",
-            "arch": arch,
-            "cpu": {"model": model, "cores": cores, "features": features or None},
-            "memory_bytes": psutil.virtual_memory().total,
-            "engines": list(ENGINES),
-            "threads": min(cores, 4),
-            "quantization": {"reduce_range": saturates},
-            "sources": dict.fromkeys(("cpu.cores", "memory_bytes", "threads"), "probed"),
-        }
-    )
-
-
-def probe_engine(name: str) -> str | None:
-    """None if the engine compiled and ran a one-operator model in a child process, else why not.
-
-    Being installed proves nothing; a package for another CPU imports and then crashes.
-    """
-    if engine_version(name) is None:
-        return f"not installed; pip install {ENGINES[name].distributions[0]}"
-    try:
-        sandbox.call(
-            "edgekit_runtime.probe:probe",
-            {"engine": name},
-            limits=sandbox.Limits(timeout_s=60),
-            what=f"probing {name}",
-        )
-    except EdgeKitError as error:
-        return str(error)
-    return None
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpuinfo() -> tuple[str | None, list[str]]:
-    model: str | None = None
-    features: list[str] = []
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None, []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and model is None:
-            model = value.strip()
-        if key.strip() in ("flags", "Features") and not features:
-            features = sorted(value.split())
-    return model, features
+    return numbers(one) < numbers(other)

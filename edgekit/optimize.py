@@ -6,46 +6,41 @@ measures. Ctrl-C or a spent budget ends the work early; what is known by then st
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekit import sandbox
-from edgekit.artifact import Artifact, TensorSpec, open_model
+from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
-from edgekit.cache import Cache, Key, check_space, content_key, write_atomically
-from edgekit.choose import Aim, Choice, Entrant, over_budget, rank
-from edgekit.compress.quantize import quantize
-from edgekit.convert import convert, tool_versions
-from edgekit.data import open_dataset, split_samples
-from edgekit.device import load_profile, probe_engine
+from edgekit.cache import Cache, write_atomically
+from edgekit.choose import Entrant, over_budget, rank
+from edgekit.device import Roofline
 from edgekit.errors import (
     EdgeKitError,
     InterruptedRunError,
     ModelError,
     OutOfSpaceError,
-    UsageError,
 )
-from edgekit.evaluate import METRICS, metric_named
-from edgekit.measure.benchmark import Contender, Rounds, measure
-from edgekit.measure.conditions import conditions
+from edgekit.evaluate import metric_named
+from edgekit.graph import read_graph
+from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
+from edgekit.measure.roof import roofline_here, share_of_roof
 from edgekit.observer import Observer
 from edgekit.outcome import SCHEMA, Row, data_facts, describe, model_facts
-from edgekit.pipeline import Pipeline, read_pipeline
-from edgekit.plan import Candidate, make_plan
+from edgekit.precision import broken_promise
+from edgekit.preparation import Request, prepare
 from edgekit_runtime import __version__
 
 __all__ = ["Request", "optimize"]
@@ -53,27 +48,6 @@ __all__ = ["Request", "optimize"]
 #: shares of `--budget` by which building, then measuring must be over
 _BUILD_SHARE, _MEASURE_SHARE = 0.6, 0.85
 _MEASURE_SAMPLES = 32
-_LEAST_FREE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock."""
-
-    model: Path
-    profile: str
-    data: str
-    out: Path
-    calibration: str | None = None
-    metric: str | None = None
-    max_drop: float = 0.01
-    minimize: Aim = "latency"
-    target: str = "local"
-    budget_s: float | None = None
-    threads: int | None = None
-    seed: int = 0
-    command: str = ""
-    preprocess: Path | None = None
 
 
 def optimize(
@@ -100,13 +74,13 @@ class _Run:
         self.started = time.monotonic()
         self.notes: list[str] = []
         self.incomplete: list[str] = []
+        self.roofline: Roofline | None = None
         self.seconds: dict[str, float] = {}
-        self._formats: dict[str, Artifact | EdgeKitError] = {}
-        self._locks: dict[str, threading.Lock] = {}
 
     def go(self) -> dict[str, Any]:
-        self._prepare()
-        rows = [Row(c) for c in self.plan]
+        self.job = prepare(self.request, self.observer, self.cache)
+        self.notes, self.seconds = list(self.job.notes), dict(self.job.seconds)
+        rows = [Row(c) for c in self.job.plan]
         for row in rows:
             if row.candidate.skip:
                 row.end("skipped", row.candidate.skip)
@@ -117,68 +91,9 @@ class _Run:
             with self._phase("measure"):
                 self._measure_all(rows)
             with self._phase("choose and confirm"):
-                choice, chosen, confirmation = self._choose(rows)
+                chosen, confirmation = self._choose(rows)
             with self._phase("bundle and report"):
-                return self._finish(rows, choice, chosen, confirmation)
-
-    # --- before anything is built ---------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        request = self.request
-        if request.target != "local":
-            raise UsageError(f"the target {request.target!r} is not known; this version has: local")
-        if not request.max_drop >= 0:
-            raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
-        self.profile = load_profile(request.profile)
-        self.threads = request.threads or self.profile.threads
-        _check_writable(request.out)
-        check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
-        with self._phase("read the model and the data"):
-            self.source = open_model(request.model)
-            self.pipeline = Pipeline()
-            if request.preprocess:
-                self.pipeline = read_pipeline(
-                    request.preprocess, self.source.inputs, self.source.outputs
-                )
-            self.data = open_dataset(request.data, self.source.inputs, self.cache, self.pipeline)
-            calibration = (
-                open_dataset(request.calibration, self.source.inputs, self.cache, self.pipeline)
-                if request.calibration
-                else None
-            )
-            self.split = split_samples(self.data, calibration, seed=request.seed)
-        if self.split.note:
-            self._note(self.split.note)
-        self.metric = request.metric or ("top1" if self.data.labels is not None else "cosine")
-        metric_named(self.metric)
-        if request.metric is None and self.data.labels is None:
-            self._note(
-                f"no labels in {request.data}: outputs are compared with those of the model as it "
-                f"came, and --max-drop {request.max_drop:g} is in cosine"
-            )
-        if self.data.unused:
-            self._note(f"arrays of {request.data} not used: {', '.join(self.data.unused)}")
-        if len(self.split.selection) < 100:
-            self._note(
-                f"only {len(self.split.selection)} samples to select on: differences of one point "
-                "cannot be told from chance"
-            )
-        with self._phase("probe the engines"), ThreadPoolExecutor() as pool:
-            engines = list(dict.fromkeys([*self.profile.engines, _native(self.source.format)]))
-            faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
-        self.plan = make_plan(
-            self.source.format, self.profile, threads=self.threads, engine_faults=faults
-        )
-        if self.plan[0].skip:
-            raise EdgeKitError(f"the reference cannot be run: {self.plan[0].skip}")
-        self.conditions = conditions()
-        if self.conditions["arch"] != self.profile.arch:
-            self._note(
-                f"measured on this machine ({self.conditions['arch']}), not on a "
-                f"{self.profile.name} ({self.profile.arch}): the choice holds there only if the "
-                "ranking carries over"
-            )
-        self.observer.plan(self.plan, self.profile)
+                return self._finish(rows, chosen, confirmation)
 
     # --- build and evaluate ---------------------------------------------------------------------
 
@@ -203,15 +118,15 @@ class _Run:
 
     def _doubt(self, reference: Row) -> None:
         """Say so when the model as it came does not know the answers: then nothing can be lost."""
-        labels, figure = self.data.labels, (reference.evaluation or {}).get("metric", 1.0)
-        if labels is None or not metric_named(self.metric).counts:
+        labels, figure = self.job.data.labels, (reference.evaluation or {}).get("metric", 1.0)
+        if labels is None or not metric_named(self.job.metric).counts:
             return
         chance = 1 / max(2, len(np.unique(labels)))
         if figure <= 1.2 * chance:
             self._note(
-                f"the model as it came reaches {self.metric} {figure:.4f}, no better than chance "
-                f"({chance:.4f}): are the labels in its order, and is it preprocessed as in "
-                "training?"
+                f"the model as it came reaches {self.job.metric} {figure:.4f}, no better than "
+                f"chance ({chance:.4f}): are the labels in its order, and is it preprocessed as "
+                "in training?"
             )
 
     def _build(self, row: Row, deadline: float | None) -> None:
@@ -227,9 +142,14 @@ class _Run:
             self.observer.progress(candidate.id, done, total)
 
         try:
-            row.artifact = self._artifact(candidate, limits, progress)
+            row.artifact = self.job.builder.artifact(candidate, limits, progress)
             row.build_s = time.monotonic() - start
-            row.evaluation = self._evaluate(row, self.split.selection, limits, progress)
+            broken = self._broken_promise(row)
+            if broken:
+                return row.end("dropped", broken)
+            row.evaluation = self.job.builder.evaluate(
+                candidate, row.artifact, self.job.split.selection, limits, progress
+            )
         except OutOfSpaceError:
             raise
         except EdgeKitError as error:
@@ -249,91 +169,19 @@ class _Run:
         if reason:
             row.end("dropped", reason)
         self.observer.row(
-            candidate.id, f"{self.metric} {figure:.4f}" + (f", dropped: {reason}" if reason else "")
+            candidate.id,
+            f"{self.job.metric} {figure:.4f}" + (f", dropped: {reason}" if reason else ""),
         )
         return None
 
-    def _artifact(
-        self, candidate: Candidate, limits: sandbox.Limits, progress: Callable[[int, int], None]
-    ) -> Artifact:
-        artifact = self._converted(candidate.format, limits, progress)
-        if candidate.scheme.kind == "fp32":
-            return artifact
-        return quantize(
-            artifact, candidate.scheme, self.split.calibration_data, self.split.calibration,
-            cache=self.cache, limits=limits, progress=progress,
-        )  # fmt: skip
-
-    def _converted(
-        self, fmt: str, limits: sandbox.Limits, progress: Callable[[int, int], None]
-    ) -> Artifact:
-        """The source in a format: made once for all candidates, as is its failure."""
-        with self._locks.setdefault(fmt, threading.Lock()):
-            if fmt not in self._formats:
-                try:
-                    self._formats[fmt] = convert(
-                        self.source, fmt, cache=self.cache, limits=limits, progress=progress
-                    )
-                except EdgeKitError as error:
-                    self._formats[fmt] = error
-        found = self._formats[fmt]
-        if isinstance(found, EdgeKitError):
-            raise found
-        return found
-
-    def _evaluate(
-        self,
-        row: Row,
-        samples: NDArray[np.int64],
-        limits: sandbox.Limits,
-        progress: Callable[[int, int], None],
-    ) -> dict[str, Any]:
-        """The metric on these samples, paired with the reference's; by content."""
-        assert row.artifact is not None  # noqa: S101  (built before)
-        is_reference = row.candidate is self.plan[0]
-        base = None if is_reference else self._evaluation_key(self.source, self.plan[0], samples)
-        key = self._evaluation_key(row.artifact, row.candidate, samples)
-
-        def make(folder: Path) -> None:
-            np.save(folder / "samples.npy", samples)
-            result = sandbox.call(
-                "edgekit.evaluate:evaluate",
-                {
-                    "model": str(row.artifact.path if row.artifact else ""),
-                    "options": {"engine": row.candidate.engine},
-                    "data": {
-                        "folder": str(self.data.folder),
-                        "sha256": self.data.sha256,
-                        "source": self.data.source,
-                    },
-                    "indices": str(folder / "samples.npy"),
-                    "metric": self.metric,
-                    "folder": str(folder),
-                    "reference": str(self.cache.get(base)) if base else None,
-                },
-                limits=limits,
-                progress=progress,
-                what=f"evaluating {row.candidate.id}",
-            )
-            (folder / "result.json").write_text(json.dumps(result))
-
-        folder = self.cache.folder(key, make)
-        loaded: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return loaded
-
-    def _evaluation_key(
-        self, artifact: Artifact, candidate: Candidate, samples: NDArray[np.int64]
-    ) -> Key:
-        engine = {"litert": "ai-edge-litert"}.get(candidate.engine, candidate.engine)
-        metric: Any = self.metric
-        if metric not in METRICS:  # the user's function: what it says, not what it is called
-            metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
-        return content_key(
-            kind="evaluate", recipe=2, model=artifact.sha256, data=self.data.sha256,
-            samples=samples.tolist(), metric=metric, engine=tool_versions((engine,)),
-            # int8 results depend on the CPU's instructions, and the drop on the reference
-            isa=self.conditions["isa"], reference=self.source.sha256,
-        )  # fmt: skip
+    def _broken_promise(self, row: Row) -> str | None:
+        """What a quantized model does that the profile forbids, asked for or not."""
+        rules = self.job.profile.quantization
+        strict = not rules.per_channel or rules.symmetric or rules.activations is not None
+        if not strict or row.candidate.scheme.kind == "fp32" or row.artifact is None:
+            return None
+        broken = broken_promise(read_graph(row.artifact.path), rules)
+        return f"made, but it breaks a rule of {self.job.profile.id}: {broken}" if broken else None
 
     # --- measure --------------------------------------------------------------------------------
 
@@ -341,7 +189,7 @@ class _Run:
         inputs = self._measuring_inputs()
         contenders = [
             Contender(
-                row.candidate.id, row.artifact.path, self.threads, row.candidate.engine,
+                row.candidate.id, row.artifact.path, self.job.threads, row.candidate.engine,
                 serious=row.status == "planned",
             )
             for row in rows
@@ -369,11 +217,39 @@ class _Run:
                 row.end("failed", f"measuring: {row.measurement.failure}")
         if rows[0].status == "failed":
             raise EdgeKitError(f"the reference cannot be measured: {rows[0].reason}")
+        if not hurried:
+            self._compare_with_roof(rows)
+
+    def _compare_with_roof(self, rows: list[Row]) -> None:
+        """The share of the device's roof each candidate reaches. It decides nothing, so whatever
+        cannot be found out is left out."""
+        job = self.job
+        if job.fit is None or job.conditions["arch"] != job.profile.arch:
+            return
+        engines = {row.candidate.engine for row in rows if row.measurement}
+        self.roofline = job.profile.roofline
+        with suppress(EdgeKitError):
+            self.roofline = self.roofline or roofline_here(
+                sorted(engines), job.threads, job.conditions, self.cache,
+                lambda done, total: self.observer.progress("measuring the roof", done, total),
+            )  # fmt: skip
+        for row in rows:
+            latency = row.measurement.latency() if row.measurement else None
+            if self.roofline is not None and latency:
+                row.roof_share = share_of_roof(
+                    job.fit.graph, self.roofline, engine=row.candidate.engine,
+                    scheme_kind=row.candidate.scheme.kind, threads=job.threads,
+                    latency_ns=latency["p50"],
+                )  # fmt: skip
 
     def _measuring_inputs(self) -> Path:
         """Real samples to measure with: speed may depend on what is in them."""
-        picked = self.split.selection[:: max(1, len(self.split.selection) // _MEASURE_SAMPLES)]
-        samples = [self.data.sample(int(i), self.source.inputs) for i in picked[:_MEASURE_SAMPLES]]
+        picked = self.job.split.selection[
+            :: max(1, len(self.job.split.selection) // _MEASURE_SAMPLES)
+        ]
+        samples = [
+            self.job.data.sample(int(i), self.job.source.inputs) for i in picked[:_MEASURE_SAMPLES]
+        ]
         path = self.work / "inputs.npz"
         stacked = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
         np.savez(path, allow_pickle=False, **stacked)
@@ -381,17 +257,23 @@ class _Run:
 
     # --- choose and confirm ---------------------------------------------------------------------
 
-    def _choose(self, rows: list[Row]) -> tuple[Choice, Row, dict[str, Any] | None]:
+    def _choose(self, rows: list[Row]) -> tuple[Row | None, dict[str, Any] | None]:
+        """The chosen row, and what the untouched samples said; no row if nothing is left
+        that the device can run."""
         by_id = {row.candidate.id: row for row in rows}
         entrants = [
             Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
             for row in rows
             if row.status == "planned" and row.artifact and row.measurement
+            if not row.candidate.reference_only
         ]
-        choice = rank(entrants, entrants[0], self.request.minimize)
+        base = Entrant(rows[0].candidate.id, self.job.source.size_bytes, _measured(rows[0]))
+        eligible = not rows[0].candidate.reference_only
+        choice = rank(entrants, base, self.request.minimize, eligible=eligible)
         for key, reason in choice.dropped.items():
             by_id[key].end("dropped", reason)
-        chosen, confirmation = rows[0], None
+        chosen: Row | None = rows[0] if eligible else None
+        confirmation = None
         for tries, key in enumerate(choice.order, start=1):
             chosen = by_id[key]
             if self.incomplete and "user" in self.incomplete[0]:
@@ -402,29 +284,34 @@ class _Run:
             chosen.end("dropped", f"on the untouched samples: {confirmation['reason']}")
             self._note(f"{key} was within the budget on the selection samples but not when "
                        "confirmed; the next best was taken")  # fmt: skip
+            chosen = rows[0] if eligible else None
         for row in rows:
             if row is chosen:
                 row.end("chosen", choice.why if row.candidate.id == choice.order[0] else "")
+            elif row.candidate.reference_only and row.status == "planned":
+                row.end("kept", f"only compared with: {row.candidate.ruling or _NEEDS_FIXED}")
             elif row.status == "planned":
-                row.end("kept", _why_kept(row, chosen, rows[0]))
-        return choice, chosen, confirmation
+                row.end("kept", _why_kept(row, chosen, rows[0]) if chosen else "")
+        if chosen is None:
+            self._note(f"nothing that {self.job.profile.id} can run is within the budget of "
+                       f"{self.request.max_drop:g}: no bundle was made")  # fmt: skip
+        return chosen, confirmation
 
     def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:
         """The candidate and the reference once on samples nothing was decided on."""
         end = self._deadline(1.0)
         timeout_s = 900.0 if end is None else max(5.0, end - time.monotonic())
         limits = sandbox.Limits(timeout_s=timeout_s, cancel=self.cancel)
-        reference = Row(self.plan[0], artifact=self.source)
-        samples = self.split.confirmation
+        samples = self.job.split.confirmation
         try:
-            before = self._evaluate(
-                reference, samples, limits,
+            before = self.job.builder.evaluate(
+                self.job.plan[0], self.job.source, samples, limits,
                 lambda done, total: self.observer.progress("confirming the reference", done, total),
             )  # fmt: skip
             after = before
-            if row.candidate is not self.plan[0]:
-                after = self._evaluate(
-                    row, samples, limits,
+            if row.candidate is not self.job.plan[0] and row.artifact is not None:
+                after = self.job.builder.evaluate(
+                    row.candidate, row.artifact, samples, limits,
                     lambda done, total: self.observer.progress("confirming", done, total),
                 )  # fmt: skip
         except EdgeKitError as error:
@@ -448,44 +335,13 @@ class _Run:
     # --- bundle and report ----------------------------------------------------------------------
 
     def _finish(
-        self, rows: list[Row], choice: Choice, chosen: Row, confirmation: dict[str, Any] | None
+        self, rows: list[Row], chosen: Row | None, confirmation: dict[str, Any] | None
     ) -> dict[str, Any]:
         request = self.request
-        assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
-        assert chosen.measurement is not None  # noqa: S101
-        bundle, report = request.out / "model.edgekit", request.out / "report.html"
-        placement = chosen.measurement.placement
+        report = request.out / "report.html"
         document = self._document(rows, chosen, confirmation)
-        write_bundle(
-            bundle,
-            (
-                VariantSource(
-                    chosen.candidate.id, chosen.candidate.engine, chosen.artifact,
-                    str(chosen.candidate.scheme), self.threads, placement["precision"],
-                    placement["shares"],
-                    {
-                        "latency_ns": chosen.measurement.latency(),
-                        "metric": {self.metric: chosen.evaluation["metric"]},
-                        "conditions": self.conditions,
-                    },
-                    chosen.measurement.peak_rss_bytes or None,
-                ),
-            ),
-            name=request.model.stem,
-            inputs=self._with_facts(),
-            outputs=self.source.outputs,
-            pipeline=self.pipeline,
-            profile=self.profile.id,
-            provenance={
-                "edgekit": __version__,
-                "command": request.command,
-                "model_sha256": self.source.sha256,
-                "data_sha256": self.data.sha256,
-                "steps": list(chosen.artifact.provenance),
-                "incomplete": self.incomplete,
-            },
-            work=self.work,
-        )  # fmt: skip
+        if chosen is not None:
+            self._write_bundle(chosen)
         document["seconds"] = {**self.seconds, "total": time.monotonic() - self.started}
         samples = {row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement}
         write_atomically(report, report_html(document).encode())
@@ -497,44 +353,84 @@ class _Run:
             self.cache.trim()
         return document
 
-    def _with_facts(self) -> tuple[TensorSpec, ...]:
-        sample = self.data.sample(int(self.split.selection[0]), self.source.inputs)
-        ranges = self.data.ranges
+    def _write_bundle(self, chosen: Row) -> None:
+        assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
+        assert chosen.measurement is not None  # noqa: S101
+        request, placement = self.request, chosen.measurement.placement
+        write_bundle(
+            request.out / "model.edgekit",
+            (
+                VariantSource(
+                    chosen.candidate.id, chosen.candidate.engine, chosen.artifact,
+                    str(chosen.candidate.scheme), self.job.threads, placement["precision"],
+                    placement["shares"],
+                    {
+                        "latency_ns": chosen.measurement.latency(),
+                        "metric": {self.job.metric: chosen.evaluation["metric"]},
+                        "conditions": self.job.conditions,
+                    },
+                    chosen.measurement.peak_rss_bytes or None,
+                ),
+            ),
+            name=request.model.stem,
+            inputs=self._with_facts(chosen),
+            outputs=chosen.artifact.outputs if chosen.candidate.fixed_shapes
+            else self.job.source.outputs,
+            pipeline=self.job.pipeline,
+            profile=self.job.profile.id,
+            provenance={
+                "edgekit": __version__,
+                "command": request.command,
+                "model_sha256": self.job.source.sha256,
+                "data_sha256": self.job.data.sha256,
+                "steps": list(chosen.artifact.provenance),
+                "incomplete": self.incomplete,
+            },
+            work=self.work,
+        )  # fmt: skip
+
+    def _with_facts(self, chosen: Row) -> tuple[TensorSpec, ...]:
+        sample = self.job.data.sample(int(self.job.split.selection[0]), self.job.source.inputs)
+        fixed, ranges = chosen.candidate.fixed_shapes, self.job.data.ranges
         return tuple(
-            replace(s, range=ranges.get(s.name), example=sample[s.name].shape)
-            for s in self.source.inputs
-        )
+            replace(
+                s, range=ranges.get(s.name), example=sample[s.name].shape,
+                shape=sample[s.name].shape if fixed else s.shape,
+            )
+            for s in self.job.source.inputs
+        )  # fmt: skip
 
     def _document(
-        self, rows: list[Row], chosen: Row, confirmation: dict[str, Any] | None
+        self, rows: list[Row], chosen: Row | None, confirmation: dict[str, Any] | None
     ) -> dict[str, Any]:
         request = self.request
         described = [describe(row, rows[0]) for row in rows]
         return {
             "schema": SCHEMA,
-            "model": model_facts(str(request.model), self.source),
-            "profile": {"id": self.profile.id, "name": self.profile.name},
+            "model": model_facts(str(request.model), self.job.source),
+            "profile": {"id": self.job.profile.id, "name": self.job.profile.name},
             "target": request.target,
-            "metric": self.metric,
-            "higher_is_better": metric_named(self.metric).higher_is_better,
+            "metric": self.job.metric,
+            "higher_is_better": metric_named(self.job.metric).higher_is_better,
             "max_drop": request.max_drop,
             "minimize": request.minimize,
-            "threads": self.threads,
+            "threads": self.job.threads,
             "seed": request.seed,
             "budget_s": request.budget_s,
-            "data": data_facts(self.data, self.split, self.pipeline),
+            "data": data_facts(self.job.data, self.job.split, self.job.pipeline),
             "reference": described[0],
             "candidates": described,
-            "chosen": chosen.candidate.id,
-            "why": chosen.reason,
+            "chosen": chosen.candidate.id if chosen else None,
+            "why": chosen.reason if chosen else self.notes[-1],
             "confirmation": confirmation,
-            "bundle": str(request.out / "model.edgekit"),
+            "bundle": str(request.out / "model.edgekit") if chosen else None,
             "report": str(request.out / "report.html"),
             "incomplete": bool(self.incomplete),
             "notes": [*self.notes, *self.incomplete],
             "command": request.command,
             "edgekit": __version__,
-            "conditions": self.conditions,
+            "conditions": self.job.conditions,
+            "roofline": self.roofline.model_dump() if self.roofline else None,
         }
 
     # --- small things ---------------------------------------------------------------------------
@@ -567,6 +463,12 @@ def _why_kept(row: Row, chosen: Row, reference: Row) -> str:
     return f"good, but {ratio[0]:.2f}x the latency of the chosen one"
 
 
+def _measured(row: Row) -> Measurement:
+    assert row.measurement is not None  # noqa: S101  (the reference is measured, or we stop)
+    return row.measurement
+
+
+_NEEDS_FIXED = "the device takes fixed shapes only"
 _SPENT = "the budget was spent before it was done"
 _STOPPED = "stopped by the user before it was done"
 
@@ -577,21 +479,3 @@ def _jobs() -> int:
 
     room = int(psutil.virtual_memory().total // (4 << 30))
     return max(1, min(os.cpu_count() or 1, room))
-
-
-def _native(fmt: str) -> str:
-    from edgekit_runtime.engines import ENGINE_OF_FORMAT
-
-    return ENGINE_OF_FORMAT[fmt]
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    check_space(folder, least_bytes=_LEAST_FREE_BYTES)

@@ -12,9 +12,10 @@ from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import ratio_interval
 from edgekit.pipeline import Pipeline
 from edgekit.plan import Candidate
+from edgekit.preparation import Job
 from edgekit_runtime.preprocess import Preprocess
 
-__all__ = ["SCHEMA", "Row", "data_facts", "describe", "model_facts"]
+__all__ = ["SCHEMA", "Row", "data_facts", "describe", "model_facts", "plan_document"]
 
 SCHEMA = "edgekit.optimize/1"
 
@@ -23,7 +24,8 @@ SCHEMA = "edgekit.optimize/1"
 class Row:
     """What is known of one candidate so far. `evaluation` is what `evaluate` returned.
 
-    status: planned, then chosen, kept, dropped, failed or skipped.
+    status: planned, then chosen, kept, dropped, failed or skipped. `roof_share` is the least time
+    the device's roof allows divided by the latency.
     """
 
     candidate: Candidate
@@ -33,6 +35,7 @@ class Row:
     build_s: float = 0.0
     evaluation: dict[str, Any] = field(default_factory=dict)
     measurement: Measurement | None = None
+    roof_share: float | None = None
 
     def end(self, status: str, reason: str) -> None:
         """Settle the candidate's fate."""
@@ -51,11 +54,8 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
     """A candidate's entry in the document."""
     candidate, measured = row.candidate, row.measurement
     return {
-        "id": candidate.id,
-        "engine": candidate.engine,
         "engine_version": measured.engine_version if measured else None,
-        "format": candidate.format,
-        "scheme": str(candidate.scheme),
+        **_planned(candidate),
         "threads": candidate.threads,
         "status": row.status,
         "reason": row.reason,
@@ -66,11 +66,40 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
         "cosine": row.evaluation.get("cosine"),
         "latency_ns": measured.latency() if measured else None,
         "latency_ratio": row.ratio_to(reference),
+        "roof_share": row.roof_share,
         "first_run_ns": measured.first_run_ns if measured else None,
         "peak_rss_bytes": measured.peak_rss_bytes if measured else None,
         "placement": measured.placement if measured else None,
         "size_bytes": row.artifact.size_bytes if row.artifact else None,
         "build_s": round(row.build_s, 3),
+    }
+
+
+def plan_document(job: Job) -> dict[str, Any]:
+    """What would be tried, and what the profile rules out (`edgekit.plan/1`)."""
+    return {
+        "schema": "edgekit.plan/1",
+        "profile": {"id": job.profile.id, "name": job.profile.name},
+        "threads": job.threads,
+        "metric": job.metric,
+        "notes": job.notes,
+        "candidates": [_planned(one) for one in job.plan],
+    }
+
+
+def _planned(candidate: Candidate) -> dict[str, Any]:
+    ruling = candidate.ruling
+    return {
+        "id": candidate.id,
+        "engine": candidate.engine,
+        "format": candidate.format,
+        "scheme": str(candidate.scheme),
+        "fixed_shapes": candidate.fixed_shapes,
+        "reference_only": candidate.reference_only,
+        "skip": candidate.skip,
+        "rule": {"field": ruling.field, "why": ruling.why, "source": ruling.source}
+        if ruling
+        else None,
     }
 
 

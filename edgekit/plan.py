@@ -8,17 +8,36 @@ from importlib import util
 
 from edgekit.artifact import FORMAT_NAMES
 from edgekit.compress.quantize import QUANTIZERS
-from edgekit.compress.scheme import Scheme, schemes_for
+from edgekit.compress.scheme import Scheme, broken_rule, schemes_for
 from edgekit.convert import EDGES, missing_extra, path_between
 from edgekit.device import DeviceProfile
-from edgekit_runtime.engines import ENGINES
+from edgekit.fit import Fit
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
-__all__ = ["Candidate", "make_plan"]
+__all__ = ["Candidate", "Ruling", "engine_rulings", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A rule of the device's profile that forbids a candidate, and the rule's source."""
+
+    profile: str
+    field: str
+    why: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"ruled out by {self.profile}: {self.why} ({self.field}; {self.source})"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to build, evaluate and measure. `skip` says why it will not be, if so."""
+    """One thing to build, evaluate and measure. `skip` says why it will not be, if so, and
+    `ruling` which rule of the profile says so.
+
+    `fixed_shapes`: built with every free dimension set to what the data has. `reference_only`:
+    what the others are compared with, but nothing that may be chosen for this device.
+    """
 
     id: str
     engine: str
@@ -26,6 +45,9 @@ class Candidate:
     scheme: Scheme
     threads: int
     skip: str | None = None
+    ruling: Ruling | None = None
+    fixed_shapes: bool = False
+    reference_only: bool = False
 
 
 def make_plan(
@@ -34,36 +56,79 @@ def make_plan(
     *,
     threads: int,
     engine_faults: Mapping[str, str | None],
+    free_dimensions: bool = False,
+    source_activations: frozenset[str] = frozenset(["float32"]),
+    engine_rulings: Mapping[str, Ruling] | None = None,
 ) -> tuple[Candidate, ...]:
     """Candidates in the order they are built, most promising first.
 
     The first is always the reference: the model as it came, in its own format's engine.
-    `engine_faults` holds why an engine cannot be used here (None: its probe ran).
+    `engine_faults` holds why an engine cannot be used here (None: its probe ran), `engine_rulings`
+    what is already known to keep the model from an engine on the device. `free_dimensions`: the
+    model's inputs have some; `source_activations`: the types it computes in as it came.
     """
-    schemes = schemes_for(
-        reduce_range=profile.quantization.reduce_range,
-        per_channel=profile.quantization.per_channel,
-    )
+    native = ENGINE_OF_FORMAT[source_format]
     found = []
-    for engine in profile.engines:
-        if engine not in ENGINES:
-            continue
-        fmt = ENGINES[engine].formats[0]
+    for engine, entry in ENGINES.items():
+        fmt = entry.formats[0]
         if fmt != source_format and all(edge.target != fmt for edge in EDGES):
             continue  # nothing makes its files in this version
-        for scheme in schemes:
-            base = Candidate(f"{engine}-{scheme.id}", engine, fmt, scheme, threads)
-            skip = _why_not(base, source_format, engine_faults.get(engine))
-            found.append(replace(base, skip=skip))
+        facts = profile.engines.get(engine)
+        fixed = free_dimensions and facts is not None and facts.static_shapes
+        for scheme in schemes_for(fmt, profile.quantization):
+            name = f"{engine}-{scheme.id}{'-fixed' if fixed and scheme.kind == 'fp32' else ''}"
+            one = Candidate(name, engine, fmt, scheme, threads, fixed_shapes=fixed)
+            ruling = (
+                _absent(engine, profile)
+                or (engine_rulings or {}).get(engine)
+                or _illegal(scheme, profile, source_activations)
+            )
+            skip = _why_not(one, source_format, engine_faults.get(engine))
+            found.append(replace(one, skip=str(ruling) if ruling else skip, ruling=ruling))
     # By scheme first: fp32 everywhere tells early which engines work at all.
-    rank = {scheme.id: number for number, scheme in enumerate(schemes)}
-    native = next(e for e, row in ENGINES.items() if row.formats[0] == source_format)
-    found.sort(key=lambda c: (rank[c.scheme.id], c.engine != native))
-    if not found or found[0].engine != native:
-        # The profile's device lacks the engine: it still is what the others are compared with.
-        reference = Candidate(f"{native}-fp32", native, source_format, Scheme("fp32"), threads)
-        found.insert(0, replace(reference, skip=engine_faults.get(native)))
+    schemes = [scheme.id for scheme in schemes_for(source_format, profile.quantization)]
+    found.sort(key=lambda c: (schemes.index(c.scheme.id), c.engine != native))
+    first, fault = found[0], engine_faults.get(native)
+    if first.fixed_shapes:
+        free = replace(first, id=f"{native}-fp32", skip=fault, ruling=None, fixed_shapes=False)
+        found.insert(0, replace(free, reference_only=True))
+    elif first.ruling:
+        found[0] = replace(first, skip=fault, reference_only=True)
     return tuple(found)
+
+
+def engine_rulings(fit: Fit) -> dict[str, Ruling]:
+    """Engines whose table says that they do not take one of the model's operators."""
+    found = {}
+    for place in fit.places:
+        refusals = fit.refusals(place)
+        if place.kind == "cpu" and refusals:
+            reason, paths = next(iter(refusals.items()))
+            more = sum(map(len, refusals.values())) - 1
+            why = f"{reason} ({paths[0]}{f' and {more} more' if more else ''})"
+            found[place.engine] = Ruling(fit.profile.id, f"engines.{place.id}", why, place.by)
+    return found
+
+
+def _absent(engine: str, profile: DeviceProfile) -> Ruling | None:
+    if engine in profile.engines:
+        return None
+    source = profile.source_of("engines") or profile.source_of(f"engines.{engine}")
+    others = ", ".join(profile.engines) or "none"
+    return Ruling(
+        profile.id, "engines", f"{engine} is not among its engines ({others})",
+        source.title if source else "the engines it lists",
+    )  # fmt: skip
+
+
+def _illegal(
+    scheme: Scheme, profile: DeviceProfile, source_activations: frozenset[str]
+) -> Ruling | None:
+    broken = broken_rule(scheme, profile.quantization, source_activations)
+    if broken is None:
+        return None
+    source = profile.source_of(broken[0])
+    return Ruling(profile.id, broken[0], broken[1], source.title if source else "no source")
 
 
 def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str | None:

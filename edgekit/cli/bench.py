@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from edgekit.cache import default_root, file_sha256, write_atomically
 from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
-from edgekit.device import this_machine
 from edgekit.errors import ChildError, ModelError, UsageError
+from edgekit.facts import this_machine
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_starts, measure
 from edgekit.measure.conditions import conditions
 from edgekit_runtime.bundle import Bundle, is_bundle

@@ -16,16 +16,35 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edgekit.errors import EdgeKitError
 from edgekit.observer import Observer
 
 if TYPE_CHECKING:
     from edgekit.device import DeviceProfile
     from edgekit.plan import Candidate
 
-__all__ = ["TerminalObserver", "print_json", "seconds", "size", "stderr", "stdout", "times"]
+__all__ = [
+    "AnsweredError",
+    "TerminalObserver",
+    "print_json",
+    "seconds",
+    "size",
+    "stderr",
+    "stdout",
+    "times",
+]
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
+
+
+class AnsweredError(EdgeKitError):
+    """The command's answer was printed, and the answer is no: a line on stderr and an exit code,
+    but no second JSON object."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -102,7 +121,9 @@ class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):
             if one.skip:
                 skipped.setdefault(one.skip, []).append(one.id)
             else:
-                table.add_row(one.id, str(one.scheme))
+                marks = ["fixed shapes"] if one.fixed_shapes else []
+                marks += ["only compared with"] if one.reference_only else []
+                table.add_row(one.id, "; ".join([str(one.scheme), *marks]))
         stderr.print(table)
         for reason, names in skipped.items():
             self._say(f"skipped: {', '.join(names)}: {reason}", markup=False)

@@ -1,22 +1,27 @@
-"""`edgekit devices list | show`."""
+"""`edgekit devices list | show | validate | probe`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.table import Table
 
-from edgekit.cli.console import print_json, size, stdout
-from edgekit.device import DeviceProfile, load_profile, profile_ids
+from edgekit.cli.console import AnsweredError, TerminalObserver, print_json, size, stdout
+from edgekit.device import DeviceProfile
+from edgekit.errors import UsageError
+from edgekit.profiles import load_profile, profile_faults, profile_ids
 
-__all__ = ["app", "list_", "show"]
+__all__ = ["app", "list_", "probe", "show", "validate"]
 
-app = App(name="devices", help="List and show device profiles.")
+app = App(name="devices", help="List, show, check and probe device profiles.")
+Json = Annotated[bool, Parameter(negative="")]
 
 
 @app.command(name="list")
-def list_(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def list_(*, json: Json = False) -> None:
     """List the device profiles.
 
     Parameters
@@ -29,49 +34,212 @@ def list_(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         print_json({"schema": "edgekit.devices/1", "devices": [_facts(one) for one in profiles]})
         return
     table = Table(box=None)
-    for column in ("id", "device", "arch", "cores", "engines"):
-        table.add_column(column, overflow="fold")
+    for column in ("id", "device", "arch", "memory", "accelerators"):
+        table.add_column(column, no_wrap=column not in ("device", "accelerators"), overflow="fold")
     for one in profiles:
-        cores = "-" if one.cpu.cores is None else str(one.cpu.cores)
-        table.add_row(one.id, one.name, one.arch, cores, ", ".join(one.engines))
+        table.add_row(one.id, one.name, one.arch, _memory(one), ", ".join(one.accelerators) or "-")
     stdout.print(table)
 
 
 @app.command
-def show(profile: str, /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Show one device profile with the source of each figure.
+def show(profile: str, /, *, json: Json = False) -> None:
+    """Show one device profile, every fact with its source.
 
     Parameters
     ----------
     profile
         Its id, or a .toml file.
     json
-        One JSON object on stdout (schema edgekit.device/1).
+        One JSON object on stdout (schema edgekit.device/1); unknown facts are null.
     """
     found = load_profile(profile)
     if json:
         print_json(_facts(found))
         return
-    facts = _facts(found)
-    stdout.print(f"[bold]{found.id}[/bold]  {found.name}")
-    rows: dict[str, Any] = {
-        "arch": found.arch,
-        "cpu.model": found.cpu.model,
-        "cpu.cores": found.cpu.cores,
-        "cpu.features": ", ".join(found.cpu.features or []) or None,
-        "memory_bytes": size(found.memory_bytes) if found.memory_bytes else None,
-        "engines": ", ".join(found.engines),
-        "threads": found.threads,
-        "quantization.reduce_range": found.quantization.reduce_range,
-        "quantization.per_channel": found.quantization.per_channel,
-    }
-    for name, value in rows.items():
-        source = facts["sources"].get(name)
-        shown = "unknown" if value is None else value
+    stdout.print(f"[bold]{found.id}[/bold]  {found.name} ({found.kind}, {found.arch})")
+    numbers = {id(source): number for number, source in enumerate(found.sources, start=1)}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right")
+    for name, value in found.facts():
+        source = found.source_of(name)
+        table.add_row(name, _value(name, value), f"\\[{numbers[id(source)]}]" if source else "")
+    stdout.print(table)
+    if found.notes:
+        stdout.print(f"notes: {found.notes}", markup=False)
+    for source in found.sources:
+        said = f": {source.says}" if source.says else ""
+        where = f" <{source.url}>" if source.url else ""
         stdout.print(
-            f"{name:<26} {shown}" + (f"   ({source})" if source else ""),
+            f"[{numbers[id(source)]}] {source.kind}: {source.title}{said}{where}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+
+
+@app.command
+def validate(*files: Path, json: Json = False) -> None:
+    """Check device profiles: one line per fault, the field named; exit code 2 if there is one.
+
+    Parameters
+    ----------
+    files
+        TOML files.
+    json
+        One JSON object on stdout (schema edgekit.validate/1).
+    """
+    if not files:
+        raise UsageError("no file; wanted: edgekit devices validate FILE")
+    faults = {str(file): _faults_of(file) for file in files}
+    if json:
+        print_json({"schema": "edgekit.validate/1", "faults": faults})
+    else:
+        for name, found in faults.items():
+            for fault in found:
+                stdout.print(f"{name}: {fault}", markup=False, soft_wrap=True)
+            if not found:
+                stdout.print(f"{name}: valid", markup=False, soft_wrap=True)
+    bad = sum(map(bool, faults.values()))
+    if bad:
+        raise AnsweredError(f"{bad} of {len(files)} files are no valid profiles", 2)
+
+
+@app.command
+def probe(
+    target: str = "local",
+    /,
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    profile_id: Annotated[str | None, Parameter(name="--id")] = None,
+    python: str | None = None,
+    measure: bool = True,
+    script: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
+    """Read what a device says of itself, measure its roofline, and make a profile of it.
+
+    Nothing is installed there: EdgeKit's runtime (100 kB) and a few small models are copied to a
+    temporary folder, which is removed again. A device without Python is read, not measured.
+
+    Parameters
+    ----------
+    target
+        local, ssh://user@host:port, or a file with what --script printed on the device.
+    output
+        Where the profile is written; without it, it is printed.
+    profile_id
+        The profile's id; by default made of the device's name.
+    python
+        The interpreter on the device that has the engines; python3 by default.
+    measure
+        Measure matrix multiplication, depthwise convolution and memory, some seconds per engine.
+    script
+        Print the shell script that reads the facts, for devices that only you can reach:
+        edgekit devices probe --script | adb shell sh > phone.txt.
+    json
+        One JSON object on stdout (schema edgekit.device/1).
+    """
+    if script:
+        from edgekit.facts import facts_script
+
+        stdout.print(facts_script(), markup=False, soft_wrap=True, end="")
+        return
+    from edgekit.measure.probe import probe_device
+    from edgekit.profiles import profile_toml
+
+    if output is not None and output.suffix != ".toml":
+        raise UsageError(f"{output}: a profile is a .toml file")
+    with TerminalObserver() as observer:
+        found = probe_device(
+            target, python=python, profile_id=profile_id or (output.stem if output else None),
+            measured=measure, observer=observer,
+        )  # fmt: skip
+    text = profile_toml(found)
+    if output is not None:
+        from edgekit.cache import write_atomically
+
+        write_atomically(output, text.encode())
+    if json:
+        print_json(_facts(found))
+    elif output is None:
+        stdout.print(text, markup=False, soft_wrap=True, end="")
+    else:
+        _show_probed(found)
+        stdout.print(f"profile  {output}", soft_wrap=True)
+
+
+def _show_probed(profile: DeviceProfile) -> None:
+    cpu = profile.cpu
+    cores = f"{cpu.cores} cores" if cpu.cores else "cores unknown"
+    stdout.print(
+        f"[bold]{profile.name}[/bold]: {profile.arch}, {cores}, {_memory(profile)} of memory"
+    )
+    if profile.roofline is None:
+        return
+    roofline = profile.roofline
+    if roofline.memory_bytes_per_s:
+        stdout.print(f"memory {roofline.memory_bytes_per_s / 1e9:.1f} GB/s, measured")
+    table = Table(box=None)
+    for column in ("engine", "kind", "type", "threads", "GOP/s, measured"):
+        table.add_column(column, justify="right" if column.startswith(("GOP", "th")) else "left")
+    for one in roofline.compute:
+        table.add_row(
+            one.engine, one.kind, one.dtype, str(one.threads), f"{one.ops_per_s / 1e9:.3g}"
+        )
+    stdout.print(table)
+
+
+def _faults_of(file: Path) -> list[str]:
+    try:
+        return profile_faults(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
+    except UnicodeDecodeError:
+        return ["not text (UTF-8), so no TOML"]
+
+
+def _memory(profile: DeviceProfile) -> str:
+    memory = profile.memory
+    if profile.kind == "microcontroller" and memory.sram_bytes:
+        return f"{_binary(memory.sram_bytes)} SRAM"
+    if memory.ram_bytes:
+        return _binary(memory.ram_bytes)
+    if memory.ram_sold_bytes:
+        low, high = min(memory.ram_sold_bytes), max(memory.ram_sold_bytes)
+        return _binary(low) if low == high else f"{_binary(low)} to {_binary(high)}"
+    return "-"
+
+
+def _binary(size_bytes: int) -> str:
+    """Memory is counted in powers of two."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes >= 1 << exponent:
+            return f"{size_bytes / (1 << exponent):.3g} {unit}"
+    return f"{size_bytes} B"
+
+
+def _value(name: str, value: Any) -> str:
+    if value == {}:
+        return "yes"
+    if isinstance(value, list):
+        return ", ".join(_value(name, one) for one in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    for ending, show_one in _UNITS.items():
+        if name.endswith(ending):
+            return show_one(value)
+    return str(value)
+
+
+_UNITS: dict[str, Callable[[Any], str]] = {
+    "storage_bytes": size,
+    "bytes_per_s": lambda value: f"{value / 1e9:.3g} GB/s",
+    "_bytes": _binary,
+    "_hz": lambda value: f"{value / 1e9:.3g} GHz" if value >= 1e9 else f"{value / 1e6:.3g} MHz",
+    "ops_per_s": lambda value: (
+        f"{value / 1e12:.3g} TOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GOP/s"
+    ),
+}
 
 
 def _facts(profile: DeviceProfile) -> dict[str, Any]:

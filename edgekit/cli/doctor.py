@@ -16,8 +16,8 @@ from edgekit import __version__, sandbox
 from edgekit.cli.console import TerminalObserver, print_json, stdout
 from edgekit.compress.quantize import QUANTIZERS
 from edgekit.convert import EDGES, SUFFIX, Edge, missing_extra, tool_versions
-from edgekit.device import probe_engine, this_machine
 from edgekit.errors import EdgeKitError
+from edgekit.facts import probe_engine, this_machine
 from edgekit_runtime.engines import ENGINES, engine_version
 from edgekit_runtime.probe import ONNX_MODEL
 

@@ -12,10 +12,20 @@ from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from edgekit.cli.console import TerminalObserver, print_json, size, stderr, stdout, times
+from edgekit.cache import Cache
+from edgekit.cli.console import (
+    AnsweredError,
+    TerminalObserver,
+    print_json,
+    size,
+    stderr,
+    stdout,
+    times,
+)
 from edgekit.errors import UsageError
-from edgekit.optimize import Request
 from edgekit.optimize import optimize as run_optimize
+from edgekit.outcome import plan_document
+from edgekit.preparation import Request, prepare
 
 __all__ = ["optimize"]
 
@@ -36,6 +46,7 @@ def optimize(
     threads: int | None = None,
     seed: int = 0,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("out"),
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Find the fastest variant of a model within an accuracy budget, and bundle it.
@@ -78,6 +89,9 @@ def optimize(
         For the split of the data and the order of measuring.
     out
         Folder for the results.
+    dry_run
+        Check everything and print the plan: what would be tried, what the profile rules out and
+        why. Nothing is built.
     json
         One JSON object on stdout (schema edgekit.optimize/1); progress stays on stderr.
     """
@@ -90,11 +104,18 @@ def optimize(
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
     with TerminalObserver() as observer:
+        if dry_run:
+            job = prepare(request, observer, Cache())
+            if json:
+                print_json(plan_document(job))
+            return
         document = run_optimize(request, observer)
     if json:
         print_json(document)
     else:
         _show(document)
+    if document["chosen"] is None:
+        raise AnsweredError(f"{document['why']}; {document['report']} shows what was tried", 1)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -141,6 +162,8 @@ def _show(document: dict[str, Any]) -> None:
         "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
     )
     _show_confirmation(document)
+    if document["chosen"] is None:
+        return
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
     stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:
@@ -160,8 +183,8 @@ def _show_reasons(rows: list[dict[str, Any]]) -> None:
         if row["status"] in ("dropped", "failed", "skipped"):
             reasons.setdefault((row["status"], row["reason"]), []).append(row["id"])
     for (status, reason), names in reasons.items():
-        text = reason if len(reason) <= 200 else reason[:197] + "..."
-        stdout.print(f"{status}: {', '.join(names)}: {text}", markup=False)
+        text = reason if len(reason) <= 300 else reason[:297] + "..."
+        stdout.print(f"{status}: {', '.join(names)}: {text}", markup=False, soft_wrap=True)
 
 
 def _show_confirmation(document: dict[str, Any]) -> None:

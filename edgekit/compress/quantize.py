@@ -62,7 +62,7 @@ def quantize(
     needs_data = scheme.kind == "int8-static"
     calibration = [data.sha256, indices.tolist()] if needs_data else None
     key = content_key(
-        kind="quantize", recipe=2, function=function, source=artifact.sha256,
+        kind="quantize", recipe=3, function=function, source=artifact.sha256,
         scheme=scheme.to_json(), calibration=calibration, tools=versions,
     )  # fmt: skip
     name = f"model{SUFFIX[artifact.format]}"

@@ -45,7 +45,10 @@ def quantize_onnx(
                 samples = iter(CalibrationSamples(source[0], data, indices))
                 tools.quantize_static(
                     prepared, target, _reader(tools, samples),
-                    activation_type=tools.QuantType.QUInt8,
+                    activation_type=tools.QuantType.QInt8
+                    if wanted.activations == "int8"
+                    else tools.QuantType.QUInt8,
+                    extra_options={"ActivationSymmetric": wanted.symmetric},
                     calibrate_method=tools.CalibrationMethod.MinMax,
                     quant_format=tools.QuantFormat.QDQ,
                     **settings,

@@ -52,8 +52,13 @@ def _static(ov: Any, nncf: Any, model: Any, scheme: Scheme, samples: Any) -> Any
         overflow_fix=quantization.OverflowFix.ENABLE
         if scheme.reduce_range
         else quantization.OverflowFix.DISABLE,
-        weights_quantization_params=nncf.quantization.advanced_parameters.QuantizationParameters(
+        weights_quantization_params=quantization.QuantizationParameters(
             per_channel=scheme.per_channel
+        ),
+        activations_quantization_params=quantization.QuantizationParameters(
+            mode=nncf.common.quantization.structs.QuantizationScheme.SYMMETRIC
+            if scheme.symmetric
+            else None
         ),
     )
     ignored = None

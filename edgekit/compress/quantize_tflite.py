@@ -55,10 +55,20 @@ def _add_recipe(tool: Any, scheme: Scheme) -> None:
                 regex=".*", operation_name=operator, num_bits=8, granularity=granularity
             )
         else:
-            tool.add_static_config(
-                regex=".*", operation_name=operator, activation_num_bits=8, weight_num_bits=8,
-                weight_granularity=granularity,
-            )  # fmt: skip
+            # As the tool's add_static_config, which does not let the activations be symmetric.
+            tool.update_quantization_recipe(
+                ".*",
+                operator,
+                qtyping.OpQuantizationConfig(
+                    activation_tensor_config=qtyping.TensorQuantizationConfig(
+                        num_bits=8, symmetric=scheme.symmetric
+                    ),
+                    weight_tensor_config=qtyping.TensorQuantizationConfig(
+                        num_bits=8, symmetric=True, granularity=granularity
+                    ),
+                    compute_precision=qtyping.ComputePrecision.INTEGER,
+                ),
+            )
     # The model keeps the inputs and outputs its users feed and read.
     _keep_float(tool, (names.INPUT, names.OUTPUT))
 

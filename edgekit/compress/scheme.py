@@ -6,10 +6,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COMPUTE_OPERATORS", "Scheme", "schemes_for"]
+from edgekit.device import Quantization
+
+__all__ = ["COMPUTE_OPERATORS", "Scheme", "broken_rule", "schemes_for"]
 
 #: where nearly all multiplications are; the usual cure when quantizing everything collapses
 COMPUTE_OPERATORS = "Conv/MatMul/Gemm"
+
+#: types a format's quantizer can give to activations, the usual one first (NNCF refuses to be
+#: told: its `signedness_to_force` conflicts with every target device)
+_ACTIVATIONS = {"onnx": ("uint8", "int8"), "openvino": ("uint8",), "tflite": ("int8",)}
+#: formats whose engines multiply 8-bit pairs with instructions that can saturate; LiteRT's kernels
+#: (XNNPACK) widen to 16 bits first (tests/contract/test_quantizers.py shows it)
+_SATURATES = ("onnx", "openvino")
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,16 @@ class Scheme:
     kind: `fp32`, `int8-dynamic` (weights int8, activation scales at run time) or `int8-static`
     (activation scales from calibration). operators: `all`, or only those that multiply matrices.
     per_channel: weight scales per output channel. reduce_range: weights in 7 bits, for CPUs
-    whose 8-bit pair sums saturate (x86 without VNNI).
+    whose 8-bit pair sums saturate (x86 without VNNI). activations: their type in static schemes,
+    `uint8` or `int8`. symmetric: their zero point is 0 (int8) or 128 (uint8).
     """
 
     kind: str
     operators: str = "all"
     per_channel: bool = True
     reduce_range: bool = False
+    activations: str = ""
+    symmetric: bool = False
 
     @property
     def id(self) -> str:
@@ -36,23 +48,61 @@ class Scheme:
         if self.kind == "fp32":
             return "fp32"
         scope = "all operators" if self.operators == "all" else self.operators
-        if self.kind == "int8-dynamic":
-            return f"int8 dynamic, {scope}"
         marks = ["per-channel" if self.per_channel else "per-tensor"]
         marks += ["7-bit weights"] if self.reduce_range else []
-        return f"int8 static, {scope}, {', '.join(marks)}"
+        if self.kind == "int8-dynamic":
+            return f"int8 dynamic, {', '.join([scope, *marks])}"
+        marks += [f"{self.activations} activations"] if self.activations else []
+        marks += ["symmetric"] if self.symmetric else []
+        return f"int8 static, {', '.join([scope, *marks])}"
 
     def to_json(self) -> dict[str, Any]:
         """As stored in provenance."""
         return dataclasses.asdict(self)
 
 
-def schemes_for(*, reduce_range: bool, per_channel: bool) -> tuple[Scheme, ...]:
-    """What is tried, most promising first."""
-    rules = {"per_channel": per_channel, "reduce_range": reduce_range}
+def schemes_for(fmt: str, rules: Quantization) -> tuple[Scheme, ...]:
+    """What may be tried for a format, most promising first, made to fit the rules where the
+    format's quantizer can; `broken_rule` says of each whether it does."""
+    options = _ACTIVATIONS.get(fmt, ("int8",))
+    allowed = [one for one in options if one in (rules.activations or options)]
+    weights: dict[str, Any] = {
+        "per_channel": rules.per_channel,
+        "reduce_range": rules.reduce_range and fmt in _SATURATES,
+    }
+    static = {**weights, "activations": (allowed or options)[0], "symmetric": rules.symmetric}
     return (
         Scheme("fp32"),
-        Scheme("int8-static", COMPUTE_OPERATORS, **rules),
-        Scheme("int8-static", "all", **rules),
-        Scheme("int8-dynamic", "all", **rules),
+        Scheme("int8-static", COMPUTE_OPERATORS, **static),
+        Scheme("int8-static", "all", **static),
+        Scheme("int8-dynamic", "all", **weights),
     )
+
+
+def broken_rule(
+    scheme: Scheme, rules: Quantization, source_activations: frozenset[str]
+) -> tuple[str, str] | None:
+    """The profile's field that a scheme breaks, and how; None if it is legal.
+
+    Restricted to some operators, or with scales made at run time, the other activations are what
+    they are in the model as it came (`source_activations`), so those must be allowed, too.
+    """
+    activations = set(source_activations)
+    if scheme.kind == "int8-static":
+        others = set() if scheme.operators == "all" else activations
+        activations = {scheme.activations} | others
+    weights = "int8"
+    if scheme.kind == "fp32":
+        weights = "float32" if "float32" in activations else min(activations, default="int8")
+    if rules.activations is not None and not activations <= set(rules.activations):
+        foreign = ", ".join(sorted(activations - set(rules.activations)))
+        return (
+            "quantization.activations",
+            f"its activations are {foreign}, allowed are {', '.join(rules.activations)}",
+        )
+    if rules.weights is not None and weights not in rules.weights:
+        return (
+            "quantization.weights",
+            f"its weights are {weights}, allowed are {', '.join(rules.weights)}",
+        )
+    return None

@@ -22,7 +22,7 @@ def conditions() -> dict[str, Any]:
     """What is known of this machine now. Unknown facts are None. No host or user names."""
     import psutil
 
-    from edgekit.device import this_machine
+    from edgekit.facts import this_machine
 
     profile = this_machine()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -33,7 +33,7 @@ def conditions() -> dict[str, Any]:
         "arch": profile.arch,
         "cores": profile.cpu.cores,
         "isa": _isa(profile.cpu.features or []),
-        "memory_bytes": profile.memory_bytes,
+        "memory_bytes": profile.memory.ram_bytes,
         "memory_free_bytes": psutil.virtual_memory().available,
         "swap_used_bytes": psutil.swap_memory().used,
         "load_1min": load,

@@ -139,8 +139,8 @@ def _resource(name: str) -> str:
 # --- the sections -------------------------------------------------------------------------------
 
 
-def _chosen(document: _Document) -> _Document:
-    return next(c for c in document["candidates"] if c["id"] == document["chosen"])
+def _chosen(document: _Document) -> _Document | None:
+    return next((c for c in document["candidates"] if c["id"] == document["chosen"]), None)
 
 
 def _file_name(document: _Document) -> str:
@@ -158,13 +158,16 @@ def _how(candidate: _Document) -> str:
 
 
 def _headline(document: _Document, scale: Scale) -> _Markup:
+    name, why = document["profile"]["name"], document["why"]
+    eyebrow = _element("p", f"EdgeKit report: {_file_name(document)} for {name}", class_="eyebrow")
     chosen, reference = _chosen(document), document["reference"]
+    if chosen is None:
+        said = _element("p", f"{why}.", class_="why")
+        return _element("header", eyebrow, _element("h1", "Nothing was chosen"), said)
     same = chosen["id"] == reference["id"]
-    name = document["profile"]["name"]
-    why = document["why"]
     return _element(
         "header",
-        _element("p", f"EdgeKit report: {_file_name(document)} for {name}", class_="eyebrow"),
+        eyebrow,
         _element("h1", chosen["id"]),
         _element("p", _symbol("chosen"), f"Chosen: {why}." if why else "Chosen.", class_="why"),
         _element("div", *_tiles(chosen, reference, scale, same=same), class_="tiles"),
@@ -389,6 +392,12 @@ def _candidates(
         "the median over rounds, so it differs a little from that of two p50. "
         "CI: confidence interval."
     )
+    if any(candidate.get("roof_share") for candidate in ranked):
+        legend += (
+            " The roof is the most arithmetic this engine was measured to do on this device in the "
+            "candidate's type; over 100 % means that the engine needs fewer multiplications than "
+            "the model counts."
+        )
     table = _element("table", _element("thead", head), *rows)
     return _element("p", legend, class_="small"), _element("div", table, class_="scroll")
 
@@ -405,6 +414,8 @@ def _row(
     if latency:
         spread = f"p90 {ms_text(latency['p90'])}, min {ms_text(latency['min'])}"
         times = (spread, f"{count_text(latency['samples'], 'sample')}, {latency['label']}")
+        share = candidate.get("roof_share")
+        times += (f"{100 * share:.0f} % of this device's roof",) if share else ()
     drop = ""
     if candidate["metric_drop"] is not None and not is_reference:
         drop = f"{scale.drop_name} {scale.drop(candidate['metric_drop'])}"
@@ -496,8 +507,24 @@ def _conditions(document: _Document) -> tuple[_Markup, ...]:
     facts.append(("threads", document["threads"]))
     for engine, version in (conditions.get("engines") or {}).items():
         facts.append((f"{engine} installed", version or DASH))
+    facts += _roof_facts(document.get("roofline"))
     phases = ((name, seconds_text(value)) for name, value in document.get("seconds", {}).items())
     return _facts(facts), _element("h3", "Time the run took"), _facts(phases)
+
+
+def _roof_facts(roofline: _Document | None) -> list[tuple[str, object]]:
+    """The device's roof, as measured."""
+    if not roofline:
+        return []
+    rate = roofline["memory_bytes_per_s"]
+    found: list[tuple[str, object]] = [
+        ("memory bandwidth", f"{rate / 1e9:.1f} GB/s, measured" if rate else DASH)
+    ]
+    for roof in roofline["compute"]:
+        name = f"roof of {roof['engine']}, {roof['kind']} {roof['dtype']}"
+        threads = count_text(roof["threads"], "thread")
+        found.append((name, f"{roof['ops_per_s'] / 1e9:.3g} GOP/s, {threads}, measured"))
+    return found
 
 
 def _reproduce(document: _Document) -> tuple[_Markup, ...]:
@@ -514,7 +541,7 @@ def _reproduce(document: _Document) -> tuple[_Markup, ...]:
         ("model sha256", model["sha256"]),
         ("data", data["source"]),
         ("data sha256", data["sha256"]),
-        ("bundle written", document["bundle"]),
+        ("bundle written", document["bundle"] or DASH),
         ("document", document["schema"]),
     )
     return how, _facts(facts, style="facts wide")

@@ -20,7 +20,7 @@ from .golden import check
 from .machine import peak_rss_bytes
 from .serve import plain, serve
 from .timing import sample, summary
-from .worker import cold_start, main_loop, raw_input, read_samples
+from .worker import cold_start, main_loop, raw_input, read_samples, synthetic_inputs
 
 __all__ = ["main"]
 
@@ -62,7 +62,7 @@ def _show_warning(message: Any, category: Any, *_: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edgekit-runtime", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    shown = "{run,check,bench,info,serve-stdin}"  # worker is for edgekit on the host
+    shown = "{run,check,bench,info,serve-stdin}"  # the others are for edgekit on the host
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=shown)
 
     def verb(name: str, command: Any, text: str, **options: Any) -> argparse.ArgumentParser:
@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     served = public("serve-stdin", _serve, "answer length-prefixed requests on stdin (see docs)")
     worker = verb("worker", _worker, "measure on command (for edgekit on the host)")
     worker.add_argument("--input", type=Path, help=".npz with samples")
+    blocks = verbs.add_parser("blocks", description="time what stdin asks for, line by line")
+    blocks.set_defaults(command=_blocks)
+    bandwidth = verbs.add_parser("bandwidth", description="time this device's memory")
+    bandwidth.add_argument("--threads", type=int, default=1, help="that copy at once")
+    bandwidth.set_defaults(command=_bandwidth)
     for one in (worker, bench):
         one.add_argument("--precision", default="float32", help="float precision, plain models")
     for one in (run, bench):
@@ -272,6 +277,44 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _worker(args: argparse.Namespace) -> int:
     return main_loop(args.model, _options(args), args.input, sys.stdin, sys.stdout)
+
+
+def _blocks(args: argparse.Namespace) -> int:
+    """One block of samples for each line of stdin, which names any plain model: a device that takes
+    seconds to start Python and an engine does so once for dozens of models.
+
+        {"model": PATH, "engine": E, "threads": N, "precision": P, "block_ns": NS}
+        ->  {"samples": [ns, ...], "precision": P} or {"error": TEXT, "kind": K, "exit_code": N}
+    """
+    for line in sys.stdin:
+        try:
+            answer = _block(**json.loads(line))
+        except EdgeKitError as error:
+            kind = type(error).__name__
+            answer = {"error": str(error), "kind": kind, "exit_code": error.exit_code}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+def _block(model: str, engine: str, threads: int, precision: str, block_ns: int) -> Dict[str, Any]:
+    """Runs for `block_ns`, at least one, after two that are not counted: the engine's own work,
+    without copies of inputs and outputs. It is closed then, with all its threads."""
+    with load(Path(model), engine=engine, threads=threads, precision=precision) as session:
+        bound = session.bind()
+        for name, value in synthetic_inputs(session).items():
+            bound.inputs[name][...] = value
+        sample(bound, 2)
+        samples: List[int] = []
+        while not samples or (sum(samples) < block_ns and len(samples) < 400):
+            samples += sample(bound, 1)
+        return {"samples": samples, "precision": session.placement.precision}
+
+
+def _bandwidth(args: argparse.Namespace) -> int:
+    from .bandwidth import memory_bandwidth
+
+    _print({"schema": "edgekit.bandwidth/1", **memory_bandwidth(threads=args.threads)})
+    return 0
 
 
 def _print(value: Dict[str, Any]) -> None:

@@ -7,10 +7,13 @@ from cnn import cnn_data, cnn_scores, small_cnn
 from edgekit.artifact import open_model
 from edgekit.cache import Cache
 from edgekit.compress.quantize import quantize
-from edgekit.compress.scheme import COMPUTE_OPERATORS, Scheme
+from edgekit.compress.scheme import COMPUTE_OPERATORS, Scheme, broken_rule, schemes_for
 from edgekit.convert import convert
 from edgekit.data import open_dataset
+from edgekit.device import Quantization
 from edgekit.errors import ModelError
+from edgekit.graph import read_graph
+from edgekit.precision import broken_promise
 from edgekit_runtime import load
 
 FORMATS = [
@@ -104,3 +107,77 @@ def test_nothing_to_quantize_is_refused(tmp_path, cache) -> None:
     scheme = Scheme("int8-static", COMPUTE_OPERATORS)
     with pytest.raises(ModelError, match="nothing was quantized"):
         quantize(source, scheme, data, np.arange(16), cache=cache)
+
+
+# --- what the profile's rules ask for is what comes out -----------------------------------------
+
+
+def flat_gemm(path, *, size=64):
+    """x @ w whose every 8-bit product pair is as large as can be: it saturates what can."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.full((size, 8), 0.5, np.float32)
+    weights[:, ::2] *= -1
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(weights, "w")],
+    )  # fmt: skip
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8), path
+    )
+    rows = np.random.default_rng(0).uniform(0, 1, (64, size)).astype(np.float32)
+    rows[0], rows[1] = 1, 0
+    np.savez(path.with_suffix(".npz"), x=rows)
+    return rows, rows @ weights
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_sums_do_not_saturate_with_the_schemes_of_a_profile_with_reduce_range(
+    fmt, tmp_path, cache
+) -> None:
+    """On x86 without VNNI, 8-bit pair sums lose half of these results; with the scheme the profile
+    leads to nothing is lost anywhere. LiteRT keeps 8 bits: its kernels widen first."""
+    rows, wanted = flat_gemm(tmp_path / "gemm.onnx")
+    source = open_model(tmp_path / "gemm.onnx")
+    data = open_dataset(str(tmp_path / "gemm.npz"), source.inputs, cache)
+    model = convert(source, fmt, cache=cache)
+    scheme = schemes_for(fmt, Quantization(reduce_range=True))[2]
+    assert scheme.kind == "int8-static"
+    made = quantize(model, scheme, data, np.arange(64), cache=cache)
+    with load(made.path) as session:
+        name, out = session.inputs[0].name, session.outputs[0].name
+        found = np.concatenate([session.run({name: row[None]})[out] for row in rows])
+    assert np.abs(found - wanted).max() < 0.06 * np.abs(wanted).max()
+
+
+RULES = [
+    Quantization(per_channel=False),
+    Quantization(symmetric=True),
+    Quantization(activations=["int8"]),
+    Quantization(per_channel=False, symmetric=True, activations=["int8"]),
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=["per-tensor", "symmetric", "int8", "all"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_rule_asked_for_is_kept_in_the_model_that_comes_out(fmt, rules, folder, cache) -> None:
+    scheme = schemes_for(fmt, rules)[2]
+    if broken_rule(scheme, rules, frozenset(["float32"])):
+        assert fmt == "openvino"  # cannot be told to use int8, so is never planned
+        return
+    source = open_model(small_cnn(folder / "cnn.onnx"))
+    data = open_dataset(str(cnn_data(folder / "data.npz")), source.inputs, cache)
+    model = convert(source, fmt, cache=cache)
+    made = quantize(model, scheme, data, np.arange(60), cache=cache)
+    graph = read_graph(made.path)
+    assert broken_promise(graph, rules) is None
+    # The check has teeth: without the rule, the same model breaks it.
+    free = quantize(model, schemes_for(fmt, Quantization())[2], data, np.arange(60), cache=cache)
+    if not rules.per_channel:
+        assert "scale per channel" in (broken_promise(read_graph(free.path), rules) or "")
+    float_model = read_graph(model.path)
+    if rules.activations:
+        assert "in float" in (broken_promise(float_model, rules) or "")

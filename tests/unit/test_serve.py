@@ -153,7 +153,7 @@ def test_lying_sizes_are_refused_at_once(client: Client, one: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from edgekit.cli.runtime_zip import archive
+    from edgekit.deploy.runtime_archive import runtime_archive as archive
 
     path = tmp_path_factory.mktemp("zip") / "runtime.pyz"
     path.write_bytes(archive())

@@ -1,0 +1,143 @@
+"""Makes and evaluates candidates: convert, fix shapes, quantize, run on samples; all by content."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import sandbox
+from edgekit.artifact import Artifact
+from edgekit.cache import Cache, Key, content_key
+from edgekit.compress.fix_shapes import fix_shapes
+from edgekit.compress.quantize import quantize
+from edgekit.convert import convert, tool_versions
+from edgekit.data import Dataset, Split
+from edgekit.errors import EdgeKitError
+from edgekit.evaluate import METRICS
+from edgekit.plan import Candidate
+
+__all__ = ["Builder"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Builder:
+    """Everything a candidate is made from. `isa` are the CPU's features that decide int8 results.
+
+    Methods may be called from several threads.
+    """
+
+    source: Artifact
+    data: Dataset
+    split: Split
+    metric: str
+    isa: list[str]
+    cache: Cache
+    reference: Candidate
+    _made: dict[tuple[str, bool], Artifact | EdgeKitError] = field(default_factory=dict)
+    _locks: dict[tuple[str, bool], threading.Lock] = field(default_factory=dict)
+
+    def artifact(
+        self, candidate: Candidate, limits: sandbox.Limits, progress: Progress
+    ) -> Artifact:
+        """The candidate's model.
+
+        Raises:
+            EdgeKitError: a converter or quantizer refuses it, crashed, or went over its limits.
+        """
+        artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
+        if candidate.scheme.kind == "fp32":
+            return artifact
+        return quantize(
+            artifact, candidate.scheme, self.split.calibration_data, self.split.calibration,
+            cache=self.cache, limits=limits, progress=progress,
+        )  # fmt: skip
+
+    def _converted(
+        self, fmt: str, fixed: bool, limits: sandbox.Limits, progress: Progress
+    ) -> Artifact:
+        """The source in a format: made once for all candidates, as is its failure."""
+        key = (fmt, fixed)
+        with self._locks.setdefault(key, threading.Lock()):
+            if key not in self._made:
+                try:
+                    source = self._fixed(limits) if fixed else self.source
+                    self._made[key] = convert(
+                        source, fmt, cache=self.cache, limits=limits, progress=progress
+                    )
+                except EdgeKitError as error:
+                    self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, EdgeKitError):
+            raise found
+        return found
+
+    def _fixed(self, limits: sandbox.Limits) -> Artifact:
+        sample = self.data.sample(int(self.split.selection[0]), self.source.inputs)
+        shapes = {name: array.shape for name, array in sample.items()}
+        return fix_shapes(self.source, shapes, cache=self.cache, limits=limits)
+
+    def evaluate(
+        self,
+        candidate: Candidate,
+        artifact: Artifact,
+        samples: NDArray[np.int64],
+        limits: sandbox.Limits,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """The metric on these samples, paired with the reference's.
+
+        Raises:
+            EdgeKitError: the engine refuses the model, crashed, or went over its limits.
+        """
+        base = None
+        if candidate is not self.reference:
+            base = self._key(self.source, self.reference, samples)
+        key = self._key(artifact, candidate, samples)
+
+        def make(folder: Path) -> None:
+            np.save(folder / "samples.npy", samples)
+            result = sandbox.call(
+                "edgekit.evaluate:evaluate",
+                {
+                    "model": str(artifact.path),
+                    "options": {"engine": candidate.engine},
+                    "data": {
+                        "folder": str(self.data.folder),
+                        "sha256": self.data.sha256,
+                        "source": self.data.source,
+                    },
+                    "indices": str(folder / "samples.npy"),
+                    "metric": self.metric,
+                    "folder": str(folder),
+                    "reference": str(self.cache.get(base)) if base else None,
+                },
+                limits=limits,
+                progress=progress,
+                what=f"evaluating {candidate.id}",
+            )
+            (folder / "result.json").write_text(json.dumps(result))
+
+        folder = self.cache.folder(key, make)
+        loaded: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return loaded
+
+    def _key(self, artifact: Artifact, candidate: Candidate, samples: NDArray[np.int64]) -> Key:
+        engine = {"litert": "ai-edge-litert"}.get(candidate.engine, candidate.engine)
+        metric: Any = self.metric
+        if metric not in METRICS:  # the user's function: what it says, not what it is called
+            metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
+        return content_key(
+            kind="evaluate", recipe=2, model=artifact.sha256, data=self.data.sha256,
+            samples=samples.tolist(), metric=metric, engine=tool_versions((engine,)),
+            # int8 results depend on the CPU's instructions, and the drop on the reference
+            isa=self.isa, reference=self.source.sha256,
+        )  # fmt: skip

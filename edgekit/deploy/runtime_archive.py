@@ -1,0 +1,38 @@
+"""The runtime as one file, for devices on which nothing is to be installed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import edgekit_runtime
+
+__all__ = ["runtime_archive"]
+
+_MAIN = """import sys
+try:
+    import numpy
+except ImportError:
+    print("edgekit-runtime: needs numpy and an engine: pip install numpy onnxruntime",
+          file=sys.stderr)
+    sys.exit(3)
+from edgekit_runtime.__main__ import main
+sys.exit(main())
+"""
+
+
+def runtime_archive() -> bytes:
+    """The zipped package with a `__main__`: the same sources give the same bytes."""
+    folder = Path(edgekit_runtime.__file__).parent
+    files = {"__main__.py": _MAIN.encode()}
+    for path in sorted(folder.rglob("*.py")):
+        files[f"{folder.name}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    out = io.BytesIO()
+    out.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
+            packed.writestr(entry, data)
+    return out.getvalue()

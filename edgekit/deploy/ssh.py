@@ -1,0 +1,139 @@
+"""A target over ssh (asyncssh), with the user's agent, keys and known_hosts; none is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import logging
+import re
+import shlex
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+from edgekit.deploy.transport import Completed, Conversation, Transport
+from edgekit.errors import TargetError, UsageError, one_line, require
+
+__all__ = ["SshTransport"]
+
+_CONNECT_S = 15.0
+_KEEPALIVE_S = 5.0  # three unanswered ones end the connection: a cut is noticed in 15 s
+_T = TypeVar("_T")
+
+
+class SshTransport(Transport):
+    """One connection, used by one thread."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._asyncssh = require("asyncssh", extra="ssh")
+        logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._connection = self.wait(self._connect(_parse(target)), _CONNECT_S)
+        except BaseException:
+            self._loop.close()
+            raise
+
+    async def _connect(self, place: SplitResult) -> Any:
+        return await self._asyncssh.connect(
+            place.hostname,
+            port=place.port or 22,
+            username=place.username or getpass.getuser(),
+            keepalive_interval=_KEEPALIVE_S,
+            connect_timeout=_CONNECT_S,
+        )
+
+    def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+        async def work() -> Completed:
+            done = await self._connection.run(shlex.join(command), input=stdin, encoding=None)
+            code = done.exit_status
+            if code is None:
+                raise TargetError(f"{self.target}: {command[0]} was killed there, or the link cut")
+            return Completed(code, done.stdout, done.stderr)
+
+        return self.wait(work(), timeout_s, command[0])
+
+    def converse(self, command: Sequence[str]) -> Conversation:
+        async def start() -> Any:
+            return await self._connection.create_process(shlex.join(command), encoding=None)
+
+        return _SshConversation(self, self.wait(start(), _CONNECT_S, command[0]))
+
+    def push(self, source: Path, target: str) -> None:
+        async def work() -> None:
+            # asyncssh writes many blocks at once; few keep a lost link from flooding its log.
+            async with self._connection.start_sftp_client() as sftp:
+                await sftp.put(str(source), target, max_requests=8)
+
+        self.wait(work(), 600, f"copying {source.name}")
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+
+        async def work() -> None:
+            self._connection.close()
+            await self._connection.wait_closed()
+
+        with suppress(Exception):
+            self._loop.run_until_complete(asyncio.wait_for(work(), 5))
+        self._loop.close()
+
+    def wait(self, work: Coroutine[Any, Any, _T], timeout_s: float, what: str = "") -> _T:
+        """The result; asyncssh's many errors as one of ours."""
+        ssh = self._asyncssh
+        try:
+            return self._loop.run_until_complete(asyncio.wait_for(work, timeout_s))
+        except TimeoutError:
+            late = f"{what} did not end" if what else "no answer"
+            raise TargetError(f"{self.target}: {late} within {timeout_s:.0f} s") from None
+        except ssh.HostKeyNotVerifiable as error:
+            raise TargetError(
+                f"{self.target}: {one_line(error).rstrip('.')}; compare the device's key, then let "
+                "ssh add it to known_hosts by connecting once"
+            ) from None
+        except ssh.PermissionDenied:
+            raise TargetError(
+                f"{self.target}: no key of ours is accepted there; ssh-copy-id brings one"
+            ) from None
+        except ssh.SFTPError as error:
+            raise TargetError(f"{self.target}: {what}: {error.reason or 'failed'}") from None
+        except (OSError, ssh.Error) as error:
+            words = re.sub(r"^\[Errno -?\d+\] ", "", one_line(error))
+            raise TargetError(f"{self.target}: {words}") from None
+
+
+class _SshConversation(Conversation):
+    def __init__(self, transport: SshTransport, process: Any) -> None:
+        self._transport, self._process = transport, process
+
+    def ask(self, line: str, *, timeout_s: float) -> bytes:
+        async def work() -> bytes:
+            self._process.stdin.write(line.encode() + b"\n")
+            answer: bytes = await self._process.stdout.readline()
+            if not answer:
+                words = (await self._process.stderr.read()).decode(errors="replace").strip()
+                last = words.splitlines()[-1] if words else "no last words"
+                raise TargetError(f"{self._transport.target}: the process there ended ({last})")
+            return answer
+
+        return self._transport.wait(work(), timeout_s, "a measurement")
+
+    def close(self) -> None:
+        with suppress(Exception):
+            self._process.kill()
+            self._process.close()
+
+
+def _parse(target: str) -> SplitResult:
+    try:
+        place = urlsplit(target)
+        _ = place.port  # raises for one that is no number
+    except ValueError as error:
+        raise UsageError(f"{target}: {one_line(error)}; wanted ssh://user@host:port") from None
+    if not place.hostname or place.path.strip("/") or place.password or place.query:
+        raise UsageError(f"{target!r} is no ssh target; wanted ssh://user@host:port")
+    return place

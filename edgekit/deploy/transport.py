@@ -1,0 +1,127 @@
+"""Transport: run a command on a target and copy files there; the same for every kind of target."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from edgekit.errors import TargetError, UsageError
+
+__all__ = ["Completed", "Conversation", "Transport", "connect"]
+
+#: scheme of a TARGET -> (module, class)
+_TRANSPORTS = {
+    "local": ("edgekit.deploy.local", "LocalTransport"),
+    "ssh": ("edgekit.deploy.ssh", "SshTransport"),
+}
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that ended by itself: its exit code and what it wrote."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def last_words(self) -> str:
+        """The last line of what it wrote to stderr or stdout, for messages."""
+        for text in (self.stderr, self.stdout):
+            lines = [one for one in text.decode(errors="replace").splitlines() if one.strip()]
+            if lines:
+                return lines[-1].strip()[:200]
+        return "nothing"
+
+
+class Conversation(ABC):
+    """A process on the target that answers each line it is sent with one line."""
+
+    @abstractmethod
+    def ask(self, line: str, *, timeout_s: float) -> bytes:
+        """Send a line, return the answer.
+
+        Raises:
+            TargetError: the connection was lost, the process died, or it did not answer in time.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the process; closing twice does nothing."""
+
+
+class Transport(ABC):
+    """A connection to a target. `target` is what the user called it."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    @abstractmethod
+    def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+        """Run a command (no shell words: arguments are passed as they are) and wait for its end.
+
+        Raises:
+            TargetError: the connection was lost, or it did not end in time (it is killed).
+        """
+
+    @abstractmethod
+    def converse(self, command: Sequence[str]) -> Conversation:
+        """Start a command that answers lines.
+
+        Raises:
+            TargetError: it does not start.
+        """
+
+    @abstractmethod
+    def push(self, source: Path, target: str) -> None:
+        """Copy a file to a path on the target.
+
+        Raises:
+            TargetError: the connection was lost, or the target cannot write it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection; closing twice does nothing."""
+
+    def scratch(self) -> str:
+        """A new folder on the target that only its user can enter.
+
+        Raises:
+            TargetError: the target cannot write to its folder for temporary files.
+        """
+        made = self.run(["mktemp", "-d"], timeout_s=30)
+        if made.code != 0:
+            raise TargetError(f"{self.target}: cannot write there: {made.last_words}")
+        return made.stdout.decode().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def connect(target: str) -> Transport:
+    """A connection to `local` or `ssh://user@host:port`.
+
+    Raises:
+        UsageError: not a target this version knows.
+        TargetError: it cannot be reached, or does not let us in.
+    """
+    scheme = target.partition("://")[0] if "://" in target else target
+    if scheme not in _TRANSPORTS:
+        raise UsageError(f"no target {target!r}; known: local, ssh://user@host:port")
+    module, name = _TRANSPORTS[scheme]
+    opened: Transport = getattr(importlib.import_module(module), name)(target)
+    return opened

@@ -1,0 +1,107 @@
+"""What a graph really computes in, which is not always what it was asked to."""
+
+from __future__ import annotations
+
+from edgekit.device import Quantization
+from edgekit.graph import Graph, Operator
+from edgekit.graph.memory import VIEWS
+
+__all__ = ["activation_types", "broken_promise", "computed_types"]
+
+_DEQUANTIZE, _QUANTIZE, _FAKE = "DequantizeLinear", "QuantizeLinear", "FakeQuantize"
+#: operators that only choose or move values, so work on quantized ones as they are
+_PASSED_THROUGH = VIEWS | {"MaxPool", "Transpose", "Concat", "Slice", "Split", "Relu", "Pad"}
+
+
+#: operators for which it does not matter what type their input has
+_TYPELESS = VIEWS | {"Shape", "Size"}
+
+
+def computed_types(graph: Graph) -> dict[str, str | None]:
+    """The type each tensor is computed in: between ONNX's DequantizeLinear and QuantizeLinear, and
+    behind OpenVINO's FakeQuantize, a graph says float32 and engines compute in 8 bits. TFLite's
+    DEQUANTIZE is a step that runs: what follows is float."""
+    types: dict[str, str | None] = {n: t.dtype for n, t in graph.tensors.items()}
+    if graph.format == "tflite":
+        return types
+    readers: dict[str, list[Operator]] = {}
+    for operator in graph.operators:
+        for name in operator.inputs:
+            readers.setdefault(name, []).append(operator)
+    for operator in graph.operators:
+        made = _made_in(operator, graph, types)
+        for name in filter(None, operator.outputs):
+            if "float" in (types[name] or ""):
+                types[name] = made or _read_as(readers.get(name, []), graph) or types[name]
+    return types
+
+
+def activation_types(graph: Graph) -> frozenset[str]:
+    """The types in which the operators that multiply take their activations; float32 if none."""
+    types = computed_types(graph)
+    found = {
+        types[name]
+        for operator in graph.operators
+        if operator.macs != 0
+        for name in operator.inputs[:1]
+        if name and not graph.tensors[name].constant
+    }
+    return frozenset(str(one) for one in found if one) or frozenset(["float32"])
+
+
+def _made_in(operator: Operator, graph: Graph, types: dict[str, str | None]) -> str | None:
+    """The 8-bit type that an operator's output stands for by what it is made of."""
+    if operator.canonical == _DEQUANTIZE and operator.inputs:
+        return graph.tensors[operator.inputs[0]].dtype
+    if operator.type == _FAKE:
+        return "int8"
+    given = {types[name] for name in operator.inputs if name and not graph.tensors[name].constant}
+    if operator.canonical in _PASSED_THROUGH and len(given) == 1:
+        return next(iter(given))
+    return None
+
+
+def _read_as(readers: list[Operator], graph: Graph) -> str | None:
+    """The 8-bit type that everybody who reads a tensor makes of it first."""
+    if readers and all(one.canonical == _QUANTIZE for one in readers):
+        return graph.tensors[readers[0].outputs[0]].dtype
+    return "int8" if readers and all(one.type == _FAKE for one in readers) else None
+
+
+def broken_promise(graph: Graph, rules: Quantization) -> str | None:
+    """What a quantized model does that the rules forbid; None if it keeps to them.
+
+    A quantizer is asked for a scheme and silently leaves out what it cannot do: this is what it
+    did.
+    """
+    if not rules.per_channel:
+        several = [n for n, t in graph.tensors.items() if t.constant and t.per_channel]
+        if several:
+            return f"{len(several)} weights have a scale per channel ({several[0]})"
+    if rules.symmetric:
+        skewed = [
+            n for n, t in graph.tensors.items()
+            if t.quantized and not t.constant and t.symmetric is False and t.dtype == "int8"
+        ]  # fmt: skip
+        if skewed:
+            return f"{len(skewed)} activations have a zero point that is not 0 ({skewed[0]})"
+    if rules.activations is None or "float32" in rules.activations:
+        return None
+    types = computed_types(graph)
+    foreign = [
+        operator
+        for operator in graph.operators
+        if operator.canonical not in (_QUANTIZE, _DEQUANTIZE)
+        and operator.type != _FAKE
+        and operator.canonical not in _TYPELESS
+        and not graph.folded(operator)
+        and any(
+            "float" in (types.get(name) or "")
+            for name in (*operator.inputs, *operator.outputs)
+            if name and not graph.tensors[name].constant
+        )
+    ]
+    if not foreign:
+        return None
+    kinds = ", ".join(dict.fromkeys(one.type for one in foreign))
+    return f"{len(foreign)} operators still compute in float: {kinds}"

@@ -1,0 +1,215 @@
+"""Everything before the work: what was asked for, read and checked, and the plan."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekit.artifact import Artifact, open_model
+from edgekit.builder import Builder
+from edgekit.cache import Cache, check_space
+from edgekit.choose import Aim
+from edgekit.compress.fix_shapes import has_free_dimensions
+from edgekit.data import Dataset, Split, open_dataset, split_samples
+from edgekit.device import DeviceProfile
+from edgekit.errors import EdgeKitError, LimitError, MissingExtraError, UsageError
+from edgekit.evaluate import metric_named
+from edgekit.facts import probe_engine
+from edgekit.fit import Fit, judge
+from edgekit.graph import read_graph, with_batch_one
+from edgekit.measure.conditions import conditions
+from edgekit.observer import Observer
+from edgekit.pipeline import Pipeline, read_pipeline
+from edgekit.plan import Candidate, engine_rulings, make_plan
+from edgekit.profiles import load_profile
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+
+__all__ = ["Job", "Request", "prepare"]
+
+_LEAST_FREE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock."""
+
+    model: Path
+    profile: str
+    data: str
+    out: Path
+    calibration: str | None = None
+    metric: str | None = None
+    max_drop: float = 0.01
+    minimize: Aim = "latency"
+    target: str = "local"
+    budget_s: float | None = None
+    threads: int | None = None
+    seed: int = 0
+    command: str = ""
+    preprocess: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was read and checked. `fit` is None where the model's operators could not be
+    read; `seconds` are those of the phases so far."""
+
+    profile: DeviceProfile
+    threads: int
+    source: Artifact
+    fit: Fit | None
+    pipeline: Pipeline
+    data: Dataset
+    split: Split
+    metric: str
+    plan: tuple[Candidate, ...]
+    conditions: dict[str, Any]
+    builder: Builder
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+def prepare(request: Request, observer: Observer, cache: Cache) -> Job:
+    """Read and check what was asked for, and plan; nothing is built, nothing written.
+
+    Raises:
+        UsageError: something in the request cannot be used.
+        LimitError: the device cannot run the model, or its profile allows no candidate.
+        EdgeKitError: the reference's engine cannot be used here.
+    """
+    return _Preparation(request, observer, cache).go()
+
+
+@dataclass
+class _Preparation:
+    request: Request
+    observer: Observer
+    cache: Cache
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def go(self) -> Job:
+        request = self.request
+        if request.target != "local":
+            raise UsageError(f"the target {request.target!r} is not known; this version has: local")
+        if not request.max_drop >= 0:
+            raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
+        profile = load_profile(request.profile)
+        threads = request.threads or profile.threads
+        _check_writable(request.out)
+        check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
+        with self._phase("read the model and the data"):
+            source = open_model(request.model)
+            fit = self._judged(source, profile)
+            pipeline = Pipeline()
+            if request.preprocess:
+                pipeline = read_pipeline(request.preprocess, source.inputs, source.outputs)
+            data = open_dataset(request.data, source.inputs, self.cache, pipeline)
+            calibration = None
+            if request.calibration:
+                calibration = open_dataset(request.calibration, source.inputs, self.cache, pipeline)
+            split = split_samples(data, calibration, seed=request.seed)
+        metric = request.metric or ("top1" if data.labels is not None else "cosine")
+        metric_named(metric)
+        self._tell_about(data, split)
+        plan = self._plan(source, profile, fit, threads)
+        found = conditions()
+        if found["arch"] != profile.arch:
+            self._note(
+                f"measured on this machine ({found['arch']}), not on a "
+                f"{profile.name} ({profile.arch}): the choice holds there only if the "
+                "ranking carries over"
+            )
+        if plan[0].reference_only:
+            why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
+            self._note(f"{plan[0].id} is only what the others are compared with: {why}")
+        self.observer.plan(plan, profile)
+        builder = Builder(source, data, split, metric, found["isa"], self.cache, plan[0])
+        return Job(
+            profile, threads, source, fit, pipeline, data, split, metric, plan, found, builder,
+            self.notes, self.seconds,
+        )  # fmt: skip
+
+    def _judged(self, source: Artifact, profile: DeviceProfile) -> Fit | None:
+        """The model's fit, judged before any work; None if its operators cannot be read here."""
+        model = self.request.model
+        try:
+            fit = judge(read_graph(model, shapes=with_batch_one(source.inputs)), profile)
+        except MissingExtraError as error:
+            self._note(f"not checked whether the model fits {profile.id}: {error}")
+            return None
+        if fit.hopeless:
+            raise LimitError(
+                f"{model} does not fit {profile.id}: {'; '.join(fit.hopeless)}. "
+                f"edgekit inspect {model} --for {self.request.profile} shows all"
+            )
+        return fit
+
+    def _plan(
+        self, source: Artifact, profile: DeviceProfile, fit: Fit | None, threads: int
+    ) -> tuple[Candidate, ...]:
+        with self._phase("probe the engines"), ThreadPoolExecutor() as pool:
+            wanted = [*profile.engines, ENGINE_OF_FORMAT[source.format]]
+            engines = [name for name in dict.fromkeys(wanted) if name in ENGINES]
+            faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
+        plan = make_plan(
+            source.format, profile, threads=threads, engine_faults=faults,
+            free_dimensions=has_free_dimensions(source),
+            source_activations=fit.activations if fit else frozenset(["float32"]),
+            engine_rulings=engine_rulings(fit) if fit else None,
+        )  # fmt: skip
+        if plan[0].skip:
+            raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")
+        if all(c.ruling is not None or c.reference_only for c in plan):
+            rules = dict.fromkeys(str(c.ruling) for c in plan if c.ruling)
+            raise LimitError(f"nothing may run on {profile.id}: {'; '.join(rules)}")
+        return plan
+
+    def _tell_about(self, data: Dataset, split: Split) -> None:
+        request = self.request
+        if split.note:
+            self._note(split.note)
+        if request.metric is None and data.labels is None:
+            self._note(
+                f"no labels in {request.data}: outputs are compared with those of the model as it "
+                f"came, and --max-drop {request.max_drop:g} is in cosine"
+            )
+        if data.unused:
+            self._note(f"arrays of {request.data} not used: {', '.join(data.unused)}")
+        if len(split.selection) < 100:
+            self._note(
+                f"only {len(split.selection)} samples to select on: differences of one point "
+                "cannot be told from chance"
+            )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.observer.phase(name)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - start, 3)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.observer.note(text)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    check_space(folder, least_bytes=_LEAST_FREE_BYTES)

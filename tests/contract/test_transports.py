@@ -1,0 +1,211 @@
+"""One suite for every transport: this machine, and a real ssh server in this process."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit.deploy import Transport, connect
+from edgekit.errors import TargetError, UsageError
+
+pytestmark = pytest.mark.needs("asyncssh")
+#: answers lines until one says "die"
+ECHO = """import sys
+for line in sys.stdin:
+    if "die" in line:
+        sys.exit("gone")
+    print(line, end="", flush=True)
+"""
+SERVER = str(Path(__file__).parents[1] / "ssh_server.py")
+
+
+class Server:
+    """A server process, a home with a key that it accepts, and a known_hosts with its key."""
+
+    def __init__(self, home: Path) -> None:
+        import asyncssh
+
+        self.ssh = home / ".ssh"
+        self.ssh.mkdir(mode=0o700)
+        host_key = asyncssh.generate_private_key("ssh-ed25519")
+        host_key.write_private_key(str(self.ssh / "host_key"))
+        (self.ssh / "authorized_keys").write_bytes(self.new_key().export_public_key())
+        self.process = subprocess.Popen(
+            [sys.executable, SERVER, str(self.ssh)], stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.known_hosts = self.ssh / "known_hosts"
+        key = host_key.export_public_key().decode().strip()
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {key}\n")
+        self.target = f"ssh://somebody@127.0.0.1:{self.port}"
+
+    def new_key(self) -> Any:
+        """Another key for the user."""
+        import asyncssh
+
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        key.write_private_key(str(self.ssh / "id_ed25519"))
+        key.write_public_key(str(self.ssh / "id_ed25519.pub"))
+        return key
+
+    def cut(self) -> None:
+        """Cut the cable."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[Server]:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    made = Server(home)
+    yield made
+    made.cut()
+
+
+@pytest.fixture(params=["local", "ssh"])
+def transport(request) -> Iterator[Transport]:
+    target = "local" if request.param == "local" else request.getfixturevalue("server").target
+    with connect(target) as made:
+        yield made
+
+
+def test_commands_run_with_their_arguments_as_they_are(transport) -> None:
+    done = transport.run(["printf", "%s|", "a b", "$HOME", "'; rm x", ""], timeout_s=30)
+    assert (done.code, done.stdout) == (0, b"a b|$HOME|'; rm x||")
+
+
+def test_exit_codes_stdin_and_last_words_come_back(transport) -> None:
+    done = transport.run(
+        ["sh", "-c", "cat; echo oops >&2; exit 3"], stdin=b"\x00\xff", timeout_s=30
+    )
+    assert (done.code, done.stdout, done.last_words) == (3, b"\x00\xff", "oops")
+    assert transport.run(["no-such-command-here"], timeout_s=30).code == 127
+
+
+def test_what_does_not_end_is_not_waited_for(transport) -> None:
+    with pytest.raises(TargetError, match=r"did not end within 1 s"):
+        transport.run(["sleep", "30"], timeout_s=1)
+
+
+def test_files_arrive_whole(transport, tmp_path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "model.bin").write_bytes(data)
+    folder = transport.scratch()
+    transport.push(tmp_path / "model.bin", f"{folder}/there.bin")
+    assert Path(folder, "there.bin").read_bytes() == data
+    assert Path(folder).stat().st_mode & 0o077 == 0, "others cannot look into it"
+    with pytest.raises(TargetError, match=r"model\.bin|no-folder"):
+        transport.push(tmp_path / "model.bin", "/no-folder/there.bin")
+
+
+def test_conversations_answer_line_by_line_and_say_how_they_ended(transport) -> None:
+    talk = transport.converse([sys.executable, "-c", ECHO])
+    assert talk.ask("one", timeout_s=30) == b"one\n"
+    assert talk.ask("two", timeout_s=30) == b"two\n"
+    with pytest.raises(TargetError, match="gone"):
+        talk.ask("die", timeout_s=30)
+    talk.close()
+    talk.close()
+
+
+def test_closing_twice_does_nothing(transport) -> None:
+    transport.close()
+    transport.close()
+
+
+def one_line(action: Callable[[], object]) -> str:
+    with pytest.raises(TargetError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+def test_an_unknown_host_key_is_refused_and_not_added(server) -> None:
+    known = server.known_hosts.read_text()
+    server.known_hosts.write_text("")
+    said = one_line(lambda: connect(server.target))
+    assert "not trusted" in said and "known_hosts" in said
+    assert server.known_hosts.read_text() == ""
+    server.known_hosts.write_text(known.replace("AAAA", "AAAB", 1))
+    assert server.target in one_line(lambda: connect(server.target))
+
+
+def test_a_wrong_key_is_refused(server) -> None:
+    server.new_key()
+    assert "no key of ours is accepted" in one_line(lambda: connect(server.target))
+
+
+def test_nobody_listening(server) -> None:
+    server_target = server.target.replace(str(server.port), "1")
+    assert server_target in one_line(lambda: connect(server_target))
+
+
+def test_a_connection_that_is_cut_is_one_error(server, capfd) -> None:
+    with connect(server.target) as made:
+        assert made.run(["true"], timeout_s=30).code == 0
+        threading.Timer(0.5, server.cut).start()
+        assert server.target in one_line(lambda: made.run(["sleep", "20"], timeout_s=60))
+        assert server.target in one_line(lambda: made.run(["true"], timeout_s=60))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "target", ["ftp://x", "pi@board", "ssh://", "ssh://x:port", "ssh://a@b/path", "ssh://a:b@c", ""]
+)
+def test_what_is_no_target_is_said(target) -> None:
+    with pytest.raises(UsageError, match=r"ssh://user@host:port"):
+        connect(target)
+
+
+def test_probing_over_ssh_makes_a_valid_profile(server) -> None:
+    from edgekit.facts import this_machine
+    from edgekit.measure.probe import probe_device
+    from edgekit.profiles import profile_faults, profile_toml
+
+    made = probe_device(server.target, python=sys.executable, profile_id="there", measured=False)
+    assert profile_faults(profile_toml(made)) == []
+    here = this_machine()
+    assert (made.arch, made.cpu.cores, made.cpu.features) == (
+        here.arch, here.cpu.cores, here.cpu.features
+    )  # fmt: skip
+    assert "onnxruntime" in made.engines and made.engines["onnxruntime"].version
+    assert made.id == "there"
+
+
+def test_a_target_that_cannot_be_written_to_is_read_and_says_why(
+    tmp_path, monkeypatch, request
+) -> None:
+    from edgekit.measure.probe import probe_device
+    from edgekit.observer import Observer
+
+    notes: list[str] = []
+
+    class Notes(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    with monkeypatch.context() as there:
+        there.setenv("TMPDIR", "/no-such-folder")  # what mktemp uses on the server
+        server = Server(home)
+    request.addfinalizer(server.cut)
+    made = probe_device(server.target, python=sys.executable, observer=Notes())
+    assert made.engines == {} and made.roofline is None and made.cpu.features
+    assert any("cannot write there" in note for note in notes)
