@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import edgekit_runtime
+from edgekit import device, operators
 from edgekit.cli import app
+from edgekit.cli.devices import memory_text
+from edgekit.profiles import catalogue_ids, load_profile
 from edgekit_runtime import __main__ as runtime_cli
 from edgekit_runtime import errors
 from edgekit_runtime.hooks import Hooks, Measuring
@@ -47,6 +50,109 @@ def runtime() -> str:
     parts += ["## Errors", _doc(errors), "## serve-stdin", _doc(_module("serve"))]
     parts += ["## Command line", *_parsers()]
     return _HEAD + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def device_profile() -> str:
+    """The schema of device profiles, table by table."""
+    parts = [
+        "# Device profiles: the schema",
+        f"`{device.SCHEMA}`, a TOML file. Every table and key but those marked *required* may be "
+        "left out: what is not known is not stated. How to write one: "
+        "[how-to](../how-to/device-profiles.md).",
+    ]
+    for where, kind in _PROFILE_TABLES.items():
+        parts += [f"## {where}", _doc(kind), "| key | value | |\n|---|---|---|\n" + _keys(kind)]
+    parts += ["# Operator tables", _doc(sys.modules["edgekit.operators"])]
+    parts += [_doc(operators.OperatorTable), "| table | about | operators | source |"]
+    rows = ["|---|---|---|---|"]
+    for name in operators.operator_table_ids():
+        table = operators.operator_table(name)
+        opset = f", opset up to {table.opset}" if table.opset else ""
+        count = f"{len(table.operators)} of {table.format}"
+        source = f"{table.source.kind}: {table.source.title}"
+        rows.append(f"| `{name}` | {table.called}{opset} | {count} | {source} |")
+    parts[-1] += "\n" + "\n".join(rows)
+    return _HEAD + "\n\n".join(parts) + "\n"
+
+
+_PROFILE_TABLES: dict[str, Any] = {
+    "The profile": device.DeviceProfile,
+    "`[cpu]`": device.Cpu,
+    "`[cpu.clusters.NAME]`": device.Cluster,
+    "`[memory]`": device.Memory,
+    "`[system]`": device.System,
+    "`[engines.NAME]`": device.EngineFacts,
+    "`[accelerators.NAME]`": device.Accelerator,
+    "`[quantization]`": device.Quantization,
+    "`[defaults]`": device.Defaults,
+    "`[thermal]`": device.Thermal,
+    "`[power]`": device.Power,
+    "`[roofline]`": device.Roofline,
+    "`[[roofline.compute]]`": device.ComputeRoof,
+    "`[[sources]]`": device.Source,
+}
+
+
+def _keys(kind: Any) -> str:
+    rows = []
+    for name, field in kind.model_fields.items():
+        needed = "required" if field.is_required() else ""
+        rows.append(f"| `{field.alias or name}` | {_type(field.annotation)} | {needed} |")
+    return "\n".join(rows)
+
+
+def _type(annotation: Any) -> str:
+    """A field's type in words."""
+    import types
+    import typing
+
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(one) for one in inner if one is not type(None))
+    if origin is typing.Annotated:
+        return _type(inner[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{one}`" for one in inner)
+    if origin is list:
+        return f"list of {_type(inner[0])}"
+    if origin is dict:
+        return f"table of {_type(inner[1])}"
+    words = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    return words.get(annotation, "table")
+
+
+def devices() -> str:
+    """The catalogue."""
+    parts = [
+        "# The devices EdgeKit knows",
+        "Every figure with its source: `edgekit devices show ID`. What is not stated here is not "
+        "known from a source.",
+    ]
+    rows = [
+        "| id | device | cores | memory | runs with | accelerators |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in catalogue_ids():
+        one = load_profile(name)
+        npus = ", ".join(
+            f"{key} ({value.kind}, {value.operator_table or 'operators not published'})"
+            for key, value in one.accelerators.items()
+        )
+        rows.append(
+            f"| `{one.id}` | {one.name} | {_cores(one)} | {memory_text(one)} "
+            f"| {', '.join(one.engines)} | {npus} |"
+        )
+    return _HEAD + "\n\n".join([*parts, "\n".join(rows)]) + "\n"
+
+
+def _cores(profile: Any) -> str:
+    clusters = profile.cpu.clusters
+    if not clusters:
+        return str(profile.cpu.cores or "")
+    return ", ".join(
+        f"{one.count}x {one.core}" + (f" {one.max_hz / 1e9:.3g} GHz" if one.max_hz else "")
+        for one in clusters.values()
+    )
 
 
 def _module(name: str) -> Any:
@@ -89,7 +195,7 @@ def _parsers() -> list[str]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, one in action.choices.items():
-                if name != "worker":
+                if name not in ("worker", "blocks", "bandwidth"):
                     one.formatter_class = _Wide
                     parts += [f"### `{name}`", f"```\n{one.format_help().strip()}\n```"]
     return parts
@@ -102,7 +208,12 @@ class _Wide(argparse.HelpFormatter):
         super().__init__(prog, width=100)
 
 
-PAGES = {FOLDER / "cli.md": command_line, FOLDER / "runtime.md": runtime}
+PAGES = {
+    FOLDER / "cli.md": command_line,
+    FOLDER / "runtime.md": runtime,
+    FOLDER / "device-profile.md": device_profile,
+    FOLDER / "devices.md": devices,
+}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from edgekit.device import DeviceProfile
 from edgekit.errors import UsageError
 from edgekit.profiles import load_profile, profile_faults, profile_ids
 
-__all__ = ["app", "list_", "probe", "show", "validate"]
+__all__ = ["app", "list_", "memory_text", "probe", "show", "validate"]
 
 app = App(name="devices", help="List, show, check and probe device profiles.")
 Json = Annotated[bool, Parameter(negative="")]
@@ -37,7 +37,9 @@ def list_(*, json: Json = False) -> None:
     for column in ("id", "device", "arch", "memory", "accelerators"):
         table.add_column(column, no_wrap=column not in ("device", "accelerators"), overflow="fold")
     for one in profiles:
-        table.add_row(one.id, one.name, one.arch, _memory(one), ", ".join(one.accelerators) or "-")
+        table.add_row(
+            one.id, one.name, one.arch, memory_text(one), ", ".join(one.accelerators) or "-"
+        )
     stdout.print(table)
 
 
@@ -172,7 +174,7 @@ def _show_probed(profile: DeviceProfile) -> None:
     cpu = profile.cpu
     cores = f"{cpu.cores} cores" if cpu.cores else "cores unknown"
     stdout.print(
-        f"[bold]{profile.name}[/bold]: {profile.arch}, {cores}, {_memory(profile)} of memory"
+        f"[bold]{profile.name}[/bold]: {profile.arch}, {cores}, {memory_text(profile)} of memory"
     )
     if profile.roofline is None:
         return
@@ -198,7 +200,8 @@ def _faults_of(file: Path) -> list[str]:
         return ["not text (UTF-8), so no TOML"]
 
 
-def _memory(profile: DeviceProfile) -> str:
+def memory_text(profile: DeviceProfile) -> str:
+    """`8 GiB`, `1 GiB to 8 GiB`, `512 KiB SRAM`; a dash where it is not stated."""
     memory = profile.memory
     if profile.kind == "microcontroller" and memory.sram_bytes:
         return f"{_binary(memory.sram_bytes)} SRAM"

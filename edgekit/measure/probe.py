@@ -224,8 +224,8 @@ def _measure(tables: dict[str, Any], bench: _Bench, observer: Observer) -> None:
         observer.note(f"{fault.engine} {fault.kind} {fault.dtype}: {fault.reason}")
     if found.unconfirmed:
         observer.note(
-            f"{len(found.unconfirmed)} of {len(found.roofline.compute)} figures were reached by one "
-            "block only: the device is busy or shared, so its roof may be higher"
+            f"{len(found.unconfirmed)} of {len(found.roofline.compute)} figures were reached by "
+            "one block only: the device is busy or shared, so its roof may be higher"
         )
     tables["roofline"] = found.roofline.model_dump(exclude_none=True)
     today = datetime.now(UTC).date().isoformat()
