@@ -77,7 +77,11 @@ def rank(
     level = [e for e in order if e is fastest or _is_level(e, fastest)]
     winner = min(level, key=lambda e: (e.size_bytes, _middle(e)))
     order.sort(key=lambda e: (e is not winner, e not in level, _middle(e)))
-    return Choice(tuple(e.id for e in order), dropped, _why(winner, fastest, reference, level))
+    why = _why(winner, fastest, reference, level)
+    if not eligible:
+        ratio = _ratio(winner, reference)[0]
+        why = f"the best that the device can run; {ratio:.2f}x the latency of the model as it came"
+    return Choice(tuple(e.id for e in order), dropped, why)
 
 
 def _is_level(one: Entrant, fastest: Entrant) -> bool:

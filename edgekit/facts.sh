@@ -2,6 +2,8 @@
 # dash, busybox, and Android's mksh with toybox, and needs nothing else. Nothing is written.
 # PYTHON: the interpreter whose packages are looked at (python3).
 
+unset OMP_NUM_THREADS OMP_THREAD_LIMIT # nproc would obey them
+
 section() { printf '@@ %s\n' "$1"; }
 file() { [ -r "$1" ] && [ -f "$1" ] && { section "$1"; tr -d '\000' <"$1" 2>/dev/null; echo; }; }
 

@@ -21,6 +21,8 @@ from edgekit_runtime.engines import ENGINES
 
 __all__ = ["Fit", "MemoryNeed", "Place", "Verdict", "format_name", "judge"]
 
+#: they lead from float to 8 bits and back: no quantization makes their other side 8 bits, too
+_BORDER = frozenset({"QuantizeLinear", "DequantizeLinear"})
 State = Literal["runs", "no", "unknown"]
 #: engines that compute on the CPU; the others only lead to an accelerator
 _CPU_ENGINES = frozenset({*ENGINES, "tflm"})
@@ -95,11 +97,15 @@ class Fit:
         run = sum(c or 0 for c, v in zip(counts, here, strict=True) if v.state == "runs")
         return run / total
 
-    def refusals(self, place: Place) -> dict[str, list[str]]:
-        """Reason -> paths of the operators that do not run at a place."""
+    def limits(self, need: MemoryNeed) -> tuple[tuple[str, int, int | None, str], ...]:
+        """`(field of the profile, its bytes, bytes needed at least, of what)`, one per limit."""
+        return tuple(_limits(self.profile, need))
+
+    def reasons(self, place: Place, state: State) -> dict[str, list[str]]:
+        """Reason -> paths of the operators with this verdict at a place."""
         found: dict[str, list[str]] = {}
         for operator, verdict in zip(self.graph.operators, self.verdicts[place.id], strict=True):
-            if verdict.state == "no":
+            if verdict.state == state:
                 found.setdefault(verdict.reason, []).append(operator.path)
         return found
 
@@ -107,7 +113,7 @@ class Fit:
         rules = self.profile.quantization
         may = rules.activations is None or {"int8", "uint8"} & set(rules.activations)
         need = self.needs[-1] if may else self.needs[0]
-        for field, limit, wanted, what in _limits(self.profile, need):
+        for field, limit, wanted, what in self.limits(need):
             if wanted is not None and wanted > limit:
                 source = self.profile.source_of(field)
                 where = f" (most at {need.at})" if "activations" in what and need.at else ""
@@ -128,7 +134,7 @@ class Fit:
             kinds = ", ".join(dict.fromkeys(one.type for one in operators))
             paths = ", ".join(one.path for one in operators[:3])
             more = f" and {len(operators) - 3} more" if len(operators) > 3 else ""
-            yield f"{kinds} ({paths}{more}) run nowhere on {self.profile.id}: {reason}"
+            yield f"{kinds} ({paths}{more}) cannot run on {self.profile.id}: {reason}"
 
     def to_json(self) -> dict[str, Any]:
         """Every operator and every place."""
@@ -174,7 +180,7 @@ class Fit:
             ],
             "limits": [
                 {"field": field, "bytes": limit, "for": what}
-                for field, limit, _, what in _limits(self.profile, self.needs[0])
+                for field, limit, _, what in self.limits(self.needs[0])
             ],
             "hopeless": list(self.hopeless),
         }
@@ -273,7 +279,7 @@ def _conversions(
         if constant or place.dtypes is None or dtype is None or dtype in place.dtypes:
             continue
         step = _towards(dtype, place.dtypes)
-        if step is None:
+        if step is None or operator.canonical in _BORDER:
             return [], f"{dtype} activations; takes {', '.join(place.dtypes)}"
         needs[step] = None
     return list(needs), None
@@ -289,7 +295,7 @@ def _limit_broken(
         return f"a tensor of {rank} dimensions; takes at most {most}"
     if place.per_channel is False and any(t.constant and t.per_channel for t in touched):
         return "weights with a scale per channel; takes one per tensor"
-    size = graph.bytes_moved(operator, 1 if "int8" in needs else None)
+    size = graph.bytes_moved(operator, 1 if any("int8" in one for one in needs) else None)
     if place.memory_bytes and size and size > place.memory_bytes:
         return f"needs {_size(size)}, has {_size(place.memory_bytes)}"
     return None
@@ -325,11 +331,14 @@ def _free(operator: Operator, graph: Graph) -> bool:
 
 def _towards(dtype: str, allowed: list[Any]) -> str | None:
     """What would turn a type into an allowed one; None if nothing does."""
+    if dtype in ("int8", "uint8"):
+        return next((one for one in ("int8", "uint8") if one in allowed), None)
     if "float" not in dtype:
         return None
-    if {"int8", "uint8"} & set(allowed):
-        return "int8"
-    return next((one for one in ("float16", "bfloat16", "int16") if one in allowed), None)
+    eight = next((one for one in ("int8", "uint8") if one in allowed), None)
+    half = next((one for one in ("float16", "bfloat16") if one in allowed), None)
+    found = [one for one in (eight, half) if one] or [one for one in ("int16",) if one in allowed]
+    return " or ".join(found) or None
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -356,15 +365,17 @@ def _needs(graph: Graph) -> tuple[MemoryNeed, ...]:
 
 def _limits(profile: DeviceProfile, need: MemoryNeed) -> Iterator[tuple[str, int, int | None, str]]:
     """`(field, limit, what is needed, of what)` in bytes; a microcontroller keeps weights in
-    flash and activations in SRAM, others both in RAM."""
+    flash and activations in SRAM or the RAM beside the chip, others both in RAM."""
     memory = profile.memory
     both = None if need.activations is None else need.activations + need.weights
     if memory.model_bytes:
         yield "memory.model_bytes", memory.model_bytes, both, "weights and activations"
     if profile.kind == "microcontroller" or memory.sram_bytes:
-        bank = "sram_bank_bytes" if memory.sram_bank_bytes else "sram_bytes"
-        if getattr(memory, bank):
-            yield f"memory.{bank}", getattr(memory, bank), need.activations, "activations"
+        arena = "sram_bank_bytes" if memory.sram_bank_bytes else "sram_bytes"
+        if (memory.ram_bytes or 0) > (getattr(memory, arena) or 0):
+            arena = "ram_bytes"  # outside the chip, slower, but there
+        if getattr(memory, arena):
+            yield f"memory.{arena}", getattr(memory, arena), need.activations, "activations"
         if memory.flash_bytes:
             yield "memory.flash_bytes", memory.flash_bytes, need.weights, "weights"
         return

@@ -18,7 +18,13 @@ from edgekit.device import Count, Facts, Source, Version
 from edgekit.errors import UsageError
 from edgekit_runtime.engines import ENGINES
 
-__all__ = ["OperatorTable", "engine_table", "operator_table", "operator_table_ids"]
+__all__ = [
+    "OperatorTable",
+    "engine_table",
+    "known_operators",
+    "operator_table",
+    "operator_table_ids",
+]
 
 
 class OperatorTable(Facts):
@@ -67,6 +73,13 @@ def operator_table(table_id: str) -> OperatorTable:
         return OperatorTable.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UsageError(f"operator table {table_id}: {error.errors()[0]['msg']}") from None
+
+
+@cache
+def known_operators(fmt: str) -> frozenset[str]:
+    """Every operator of a format that any table has: what is not among them is no operator."""
+    tables = map(operator_table, operator_table_ids())
+    return frozenset(name for one in tables if one.format == fmt for name in one.operators)
 
 
 def engine_table(

@@ -101,7 +101,7 @@ def engine_rulings(fit: Fit) -> dict[str, Ruling]:
     """Engines whose table says that they do not take one of the model's operators."""
     found = {}
     for place in fit.places:
-        refusals = fit.refusals(place)
+        refusals = fit.reasons(place, "no")
         if place.kind == "cpu" and refusals:
             reason, paths = next(iter(refusals.items()))
             more = sum(map(len, refusals.values())) - 1

@@ -38,7 +38,8 @@ _LEAST_FREE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock."""
+    """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock;
+    `dry_run`: only the plan is wanted, so nothing needs to be written."""
 
     model: Path
     profile: str
@@ -54,6 +55,7 @@ class Request:
     seed: int = 0
     command: str = ""
     preprocess: Path | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class _Preparation:
             raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
         profile = load_profile(request.profile)
         threads = request.threads or profile.threads
-        _check_writable(request.out)
+        if not request.dry_run:
+            _check_writable(request.out)
         check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
         with self._phase("read the model and the data"):
             source = open_model(request.model)
@@ -123,9 +126,19 @@ class _Preparation:
         found = conditions()
         if found["arch"] != profile.arch:
             self._note(
-                f"measured on this machine ({found['arch']}), not on a "
-                f"{profile.name} ({profile.arch}): the choice holds there only if the "
-                "ranking carries over"
+                f"measured on this machine ({found['arch']}), not on {profile.name} "
+                f"({profile.arch}): the choice holds there only if the ranking carries over"
+            )
+        if threads > (found["cores"] or threads):
+            self._note(
+                f"{threads} threads on the {found['cores']} processors here: times are not those "
+                f"of a device that has {threads}"
+            )
+        for name, one in profile.accelerators.items():
+            self._note(
+                f"the {one.kind} {name} ({one.model or one.engine}) is not used: this version "
+                f"makes bundles for the CPU; edgekit inspect {request.model} --for "
+                f"{request.profile} says what it would run"
             )
         if plan[0].reference_only:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
@@ -167,9 +180,17 @@ class _Preparation:
         )  # fmt: skip
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")
+        rulings = [c.ruling for c in plan if c.ruling is not None]
         if all(c.ruling is not None or c.reference_only for c in plan):
-            rules = dict.fromkeys(str(c.ruling) for c in plan if c.ruling)
-            raise LimitError(f"nothing may run on {profile.id}: {'; '.join(rules)}")
+            if {ruling.field for ruling in rulings} == {"engines"}:
+                made = ", ".join(dict.fromkeys(c.engine for c in plan))
+                raise LimitError(
+                    f"{profile.id} runs models with {', '.join(profile.engines) or 'no engine'}; "
+                    f"this version makes bundles of this model for {made}. edgekit inspect "
+                    f"{self.request.model} --for {self.request.profile} judges whether it fits"
+                )
+            rules = "; ".join(dict.fromkeys(map(str, rulings)))
+            raise LimitError(f"nothing may run on {profile.id}: {rules}")
         return plan
 
     def _tell_about(self, data: Dataset, split: Split) -> None:

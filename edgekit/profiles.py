@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from edgekit.device import SCHEMA, DeviceProfile
 from edgekit.errors import UsageError
+from edgekit.operators import known_operators, operator_table_ids
+from edgekit_runtime.engines import ENGINES
 
 __all__ = [
     "THIS_MACHINE",
@@ -70,14 +74,43 @@ def profile_faults(text: str) -> list[str]:
         stated = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         return [f"not TOML: {error}"]
-    schema = stated.get("schema")
-    if schema != SCHEMA:
-        return [_schema_fault(schema)]
+    faults = [] if stated.get("schema") == SCHEMA else [_schema_fault(stated.get("schema"))]
+    if faults and stated.get("schema") is not None:
+        return faults  # what another schema's keys mean is not known here
     try:
-        DeviceProfile.model_validate(stated)
+        profile = DeviceProfile.model_validate({**stated, "schema": SCHEMA})
     except ValidationError as error:
-        return list(dict.fromkeys(_in_words(one) for one in error.errors()))
-    return []
+        return [*faults, *dict.fromkeys(_in_words(one) for one in error.errors())]
+    return [*faults, *_unknown_names(profile)]
+
+
+#: engines that EdgeKit runs, judges, or knows the accelerators of
+_ENGINES = (*ENGINES, "tflm", "ethos-u", "rknn", "stedgeai", "tensorrt")
+_ALSO_CALLED = {
+    "tflite": "litert", "tensorflow-lite": "litert", "tflite-runtime": "litert", "vela": "ethos-u",
+    "ort": "onnxruntime", "onnx-runtime": "onnxruntime", "tflite-micro": "tflm",
+}  # fmt: skip
+
+
+def _unknown_names(profile: DeviceProfile) -> Iterator[str]:
+    """Names that are valid TOML and mean nothing: engines, tables and operators nobody knows."""
+    used = {one.engine for one in profile.accelerators.values()}
+    for engine in profile.engines:
+        meant = _ALSO_CALLED.get(engine)
+        if meant or (engine not in _ENGINES and engine not in used):
+            hint = f"; did you mean {meant}?" if meant else f"; known: {', '.join(_ENGINES)}"
+            yield f"engines.{engine}: no such engine{hint}"
+    for name, one in profile.accelerators.items():
+        where = f"accelerators.{name}"
+        if one.operator_table and one.operator_table not in operator_table_ids():
+            known = ", ".join(operator_table_ids())
+            yield f"{where}.operator_table: no table {one.operator_table!r}; known: {known}"
+        names = known_operators(one.operator_format) if one.operator_format else frozenset()
+        for operator in one.operators or []:
+            if operator not in names:
+                close = difflib.get_close_matches(operator, names, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                yield f"{where}.operators: no {one.operator_format} operator {operator!r}{hint}"
 
 
 def profile_toml(profile: DeviceProfile) -> str:
@@ -100,10 +133,14 @@ def _text_of(profile_id: str) -> str:
     if profile_id in known:
         file = resources.files("edgekit_device_profiles") / f"{profile_id}.toml"
         return file.read_text(encoding="utf-8")
-    close = difflib.get_close_matches(profile_id, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    meant = [THIS_MACHINE] if profile_id in ("local", "localhost", "here") else []
+    meant = meant or [one for one in known if profile_id.lower() in one]
+    meant = meant or difflib.get_close_matches(profile_id, known, n=2)
+    if meant:
+        hint = f"did you mean {' or '.join(meant[:4])}? edgekit devices list has all"
+        raise UsageError(f"no device profile {profile_id!r}; {hint}")
     raise UsageError(
-        f"no device profile {profile_id!r}{hint}; known: {', '.join(known)}, or a .toml file"
+        f"no device profile {profile_id!r}; known: {', '.join(known)}, or a .toml file"
     )
 
 
@@ -135,7 +172,21 @@ def _in_words(error: Any) -> str:
     else:
         wanted = _WANTED.get(kind) or str(error["msg"])
     unit = _unit(where)
-    return f"{where}: {found!r}; wanted {wanted}{f' of {unit}' if unit else ''}"
+    number = _number_meant(found) if kind in ("int_type", "int_from_float") else None
+    meant = f", such as {number}" if number else ""
+    return f"{where}: {found!r}; wanted {wanted}{f' of {unit}' if unit else ''}{meant}"
+
+
+def _number_meant(found: Any) -> int | None:
+    """The number in `"4 GB"`, `"2.4 GHz"` or `1.8e9`; memory is counted in powers of two."""
+    if isinstance(found, float):
+        return int(found) if found.is_integer() and found > 0 else None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?B|Hz|)\s*", str(found))
+    if match is None:
+        return None
+    base = 1000 if match[3] == "Hz" else 1024
+    scale: int = base ** " KMGT".index(match[2].upper() or " ")
+    return round(float(match[1]) * scale)
 
 
 _VERSIONS = ("minimum", "version", "python")
@@ -169,7 +220,7 @@ def _hint(where: tuple[int | str, ...]) -> str:
     key = str(where[-1])
     stem = key.rpartition("_")[0] or key
     close = [n for n in names if n.rpartition("_")[0] == stem and _unit(n)]
-    close = close or difflib.get_close_matches(key, names, n=1)
+    close = close or difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if close:
         unit = _unit(close[0])
         return f"; did you mean {close[0]}{f' (in {unit})' if unit else ''}?"

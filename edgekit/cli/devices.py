@@ -33,14 +33,16 @@ def list_(*, json: Json = False) -> None:
     if json:
         print_json({"schema": "edgekit.devices/1", "devices": [_facts(one) for one in profiles]})
         return
-    table = Table(box=None)
-    for column in ("id", "device", "arch", "memory", "accelerators"):
-        table.add_column(column, no_wrap=column not in ("device", "accelerators"), overflow="fold")
+    rows = [("id", "arch", "memory", "device + accelerators")]
     for one in profiles:
-        table.add_row(
-            one.id, one.name, one.arch, memory_text(one), ", ".join(one.accelerators) or "-"
-        )
-    stdout.print(table)
+        others = " + ".join([one.name, *one.accelerators])
+        rows.append((one.id, one.arch, memory_text(one), others))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:  # one line each, whatever the terminal's width
+        start = "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=False))
+        line = f"{start}  {row[-1]}"
+        cut = len(line) > stdout.width
+        stdout.print(f"{line[: stdout.width - 1]}…" if cut else line, markup=False, no_wrap=True)
 
 
 @app.command
@@ -172,7 +174,7 @@ def probe(
 
 def _show_probed(profile: DeviceProfile) -> None:
     cpu = profile.cpu
-    cores = f"{cpu.cores} cores" if cpu.cores else "cores unknown"
+    cores = f"{cpu.cores} core{'s' if cpu.cores != 1 else ''}" if cpu.cores else "cores unknown"
     stdout.print(
         f"[bold]{profile.name}[/bold]: {profile.arch}, {cores}, {memory_text(profile)} of memory"
     )
@@ -224,6 +226,8 @@ def _binary(size_bytes: int) -> str:
 def _value(name: str, value: Any) -> str:
     if value == {}:
         return "yes"
+    if isinstance(value, dict):
+        return " ".join(_value(f"{name}.{key}", inner) for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(_value(name, one) for one in value)
     if isinstance(value, bool):

@@ -100,7 +100,7 @@ def optimize(
     request = Request(
         model, for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, minimize=minimize, target=on, budget_s=_seconds(budget),
-        threads=threads, seed=seed,
+        threads=threads, seed=seed, dry_run=dry_run,
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
     with TerminalObserver() as observer:
@@ -152,12 +152,14 @@ def _show(document: dict[str, Any]) -> None:
         colour = {"chosen": "bold green", "kept": "", "dropped": "red"}.get(row["status"], "dim")
         table.add_row(
             row["id"], figure, times(row["latency_ns"]), ratio, size(row["size_bytes"]),
-            row["status"], style=colour,
+            "reference" if row["reference_only"] and row["status"] == "kept" else row["status"],
+            style=colour,
         )  # fmt: skip
     stdout.print(table)
     _show_reasons(rows)
     where = document["conditions"]["cpu"] or document["conditions"]["arch"]
-    stdout.print(f"\nmeasured on {where}, {document['threads']} threads, interleaved", markup=False)
+    threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
+    stdout.print(f"\nmeasured on {where}, {threads}, interleaved", markup=False)
     stdout.print(
         "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
     )

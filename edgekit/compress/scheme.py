@@ -96,9 +96,12 @@ def broken_rule(
         weights = "float32" if "float32" in activations else min(activations, default="int8")
     if rules.activations is not None and not activations <= set(rules.activations):
         foreign = ", ".join(sorted(activations - set(rules.activations)))
+        whose = "its activations are"
+        if scheme.operators != "all" and scheme.activations in rules.activations:
+            whose = f"operators other than {scheme.operators} stay"
         return (
             "quantization.activations",
-            f"its activations are {foreign}, allowed are {', '.join(rules.activations)}",
+            f"{whose} {foreign}, allowed are {', '.join(rules.activations)}",
         )
     if rules.weights is not None and weights not in rules.weights:
         return (

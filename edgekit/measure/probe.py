@@ -95,8 +95,13 @@ def _unmeasured(
 ) -> DeviceProfile:
     """Engines as installed: none was tried, nothing was measured, and the user is told."""
     tables = _tables(facts, target, profile_id, observer)
-    hint = "; --python names an interpreter there" if facts.python is None else ""
-    observer.note(f"{target}: no engine was tried and nothing measured{hint}")
+    observer.note(f"{target}: no engine was tried and nothing measured")
+    if not tables["engines"]:
+        observer.note(
+            "state the engines that run there yourself, in the profile: [engines.litert], say"
+            if facts.android
+            else f"{target}: no engine was found; --python names an interpreter that has one"
+        )
     return DeviceProfile.model_validate(tables)
 
 

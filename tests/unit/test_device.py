@@ -101,8 +101,14 @@ def test_written_and_read_again_it_is_the_same(name) -> None:
 def test_unknown_profiles_list_the_known_and_the_nearest() -> None:
     with pytest.raises(UsageError, match="no device profile 'nope'; known: this-machine, .*pi-5"):
         load_profile("nope")
-    with pytest.raises(UsageError, match="did you mean raspberry-pi-5"):
-        load_profile("raspberry-pi5")
+    for name, meant in (
+        ("raspberry-pi5", "raspberry-pi-5"),
+        ("local", "this-machine"),
+        ("jetson", "jetson-orin-nano"),
+        ("galaxy", "galaxy-a21s or galaxy-s24"),
+    ):
+        with pytest.raises(UsageError, match=f"did you mean {meant}"):
+            load_profile(name)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path) -> None:
@@ -118,7 +124,7 @@ FAULTS = [
     ("ram_bytes = 4_294_967_296", "ram_mb = 4096",
      "memory.ram_mb: no such key; did you mean ram_bytes (in bytes)?"),
     ("ram_bytes = 4_294_967_296", 'ram_bytes = "4 GB"',
-     "memory.ram_bytes: '4 GB'; wanted a whole number of bytes"),
+     "memory.ram_bytes: '4 GB'; wanted a whole number of bytes, such as 4294967296"),
     ("ram_bytes = 4_294_967_296", "ram_bytes = 8_589_934_592",
      "memory.ram_bytes: 8589934592 is not in what its source says (Example 9000 data sheet"),
     ("max_hz = 2_400_000_000", "max_hz = 2.4",
@@ -152,6 +158,15 @@ FAULTS = [
      "soc has no source"),
     ('fields = ["soc", "cpu", ', 'fields = ["soc", "cpu", "gpu", ',
      "sources: gpu is not stated in this profile"),
+    ("max_hz = 2_400_000_000", "max_hz = 2.4e9",
+     "cpu.clusters.big.max_hz: 2400000000.0; wanted a whole number of hertz, such as 2400000000"),
+    ("[engines.litert]", "[engines.tflite]\n[engines.litert]",
+     "engines.tflite: no such engine; did you mean litert?"),
+    ("[engines.litert]", "[engines.tensorfloe]\n[engines.litert]",
+     "engines.tensorfloe: no such engine; known: onnxruntime"),
+    ('"DEPTHWISE_CONV_2D"', '"DEPTHWISE_CONV2D"',
+     "accelerators.npu.operators: no tflite operator 'DEPTHWISE_CONV2D'; "
+     "did you mean DEPTHWISE_CONV_2D?"),
     ("[cpu]", "[cpu", "not TOML"),
 ]  # fmt: skip
 
@@ -163,6 +178,11 @@ def test_faults_are_one_line_with_the_field(old, new, said) -> None:
     faults = profile_faults(changed)
     assert any(said in fault for fault in faults), faults
     assert not any("\n" in fault for fault in faults)
+
+
+def test_a_missing_schema_hides_nothing_else() -> None:
+    changed = example().replace('schema = "edgekit.device/1"', "").replace("cores = 6", "cors = 6")
+    assert len(profile_faults(changed)) == 2
 
 
 def test_every_fault_is_listed_not_only_the_first() -> None:

@@ -75,7 +75,7 @@ def test_operators_of_an_engine_run_and_others_are_named() -> None:
     assert verdicts(judge(model, device()), "onnxruntime") == ["yes", "yes"]
     fit = judge(odd, device())
     assert verdicts(fit, "onnxruntime") == ["yes", "no"]
-    assert fit.hopeless and "my:Thing (my:Thing_of_h) run nowhere on it" in fit.hopeless[0]
+    assert fit.hopeless and "my:Thing (my:Thing_of_h) cannot run on it" in fit.hopeless[0]
     assert "is not among the operators of onnxruntime" in fit.hopeless[0]
 
 
