@@ -192,6 +192,7 @@ def onnxruntime(python: str) -> None:
     )
     title = f"onnxruntime {version}, CPUExecutionProvider"
     facts["opset"] = opset
+    facts["opset_least"] = 7  # "ONNX Runtime compatibility": all versions support 7 and higher
     write(f"onnxruntime-{minor(version)}", facts, operators, probe(title, says))
 
 

@@ -40,7 +40,8 @@ def over_budget(drop: float, max_drop: float, broken: int, samples: int) -> str 
     if broken:
         return f"NaN or Inf in the outputs of {broken} of {samples} samples"
     if not drop <= max_drop:
-        return f"loses {drop:.4f}, more than the {max_drop:g} allowed"
+        lost = f"{drop:.4f}" if drop >= 0.001 else f"{drop:.2g}"
+        return f"loses {lost}, more than the {max_drop:g} allowed"
     return None
 
 

@@ -39,8 +39,9 @@ __all__ = [
 SCHEMA = "edgekit.device/1"
 
 Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0, strict=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*([.a-z0-9+-]*)$")]
 Dtype = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
@@ -243,7 +244,7 @@ class DeviceProfile(Facts):
 
     schema_: Literal["edgekit.device/1"] = Field(alias="schema")
     id: Name
-    name: str
+    name: Line
     kind: Literal["board", "module", "phone", "microcontroller", "pc", "server", "generic"]
     soc: str | None = None
     arch: Arch
@@ -251,7 +252,7 @@ class DeviceProfile(Facts):
     cpu: Cpu = Cpu()
     memory: Memory = Memory()
     system: System | None = None
-    engines: dict[str, EngineFacts]
+    engines: dict[Name, EngineFacts]
     accelerators: dict[Name, Accelerator] = {}
     quantization: Quantization = Quantization()
     defaults: Defaults = Defaults()
@@ -299,9 +300,7 @@ class DeviceProfile(Facts):
                 yield f"cpu.clusters have {together} cores together, cpu.cores says {cpu.cores}"
         if cpu.cores and self.threads > cpu.cores:
             yield f"defaults.threads is {self.threads}, cpu.cores only {cpu.cores}"
-        outside = [core for core in self.defaults.affinity or [] if core >= (cpu.cores or 1 << 20)]
-        if outside:
-            yield f"defaults.affinity names core {outside[0]}, cpu.cores is {cpu.cores}"
+        yield from self._odd_affinity()
         foreign = _FOREIGN.get(self.arch, frozenset()) & set(cpu.features or [])
         if foreign:
             yield f"cpu.features: {sorted(foreign)[0]} does not exist on {self.arch}"
@@ -325,6 +324,14 @@ class DeviceProfile(Facts):
                 f"activations {', '.join(rules.activations or [])}"
             )
 
+    def _odd_affinity(self) -> Iterator[str]:
+        affinity, cores = self.defaults.affinity or [], self.cpu.cores
+        outside = [core for core in affinity if cores and core >= cores]
+        if outside:
+            yield f"defaults.affinity names core {outside[0]}, cpu.cores is {cores}"
+        if len(set(affinity)) < len(affinity):
+            yield "defaults.affinity names a core twice"
+
     def _unsourced(self) -> Iterator[str]:
         stated = dict(self.facts())
         for source in self.sources:
@@ -337,7 +344,7 @@ class DeviceProfile(Facts):
                 yield f"{name} has no source; add it to the fields of one under [[sources]]"
             elif origin.kind not in ("probe", "choice"):
                 for figure in _figures(name, value):
-                    if not figure_is_in(figure, origin.says or ""):
+                    if not figure_is_in(figure, origin.says or "", unit=_unit_of(name)):
                         yield (
                             f"{name}: {figure} is not in what its source says "
                             f"({origin.title}: {origin.says!r})"
@@ -382,32 +389,62 @@ def _figures(name: str, value: Any) -> Iterator[int | float | str]:
 
 
 _WORDS = {
-    1: ("one", "single"), 2: ("two", "dual"), 3: ("three", "triple"), 4: ("four", "quad"),
-    5: ("five",), 6: ("six", "hexa"), 7: ("seven",), 8: ("eight", "octa"), 10: ("ten", "deca"),
+    1: "one|single", 2: "two|dual", 3: "three|triple", 4: "four|quad", 5: "five", 6: "six|hexa",
+    7: "seven", 8: "eight|octa", 10: "ten|deca",
 }  # fmt: skip
-_SCALES = {
-    "k": (10**3, 2**10), "m": (10**6, 2**20), "g": (10**9, 2**30), "t": (10**12, 2**40),
-    "": (1, 1),
-}  # fmt: skip
-_NUMBER = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(?:[\s-]?([kmgtKMGT])(?=i?[A-Za-z]*\b))?")
+_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+#: what stands behind the prefix, by the unit that a field's name ends in
+_UNITS = {
+    "bytes": r"(?:i?B\b|i?[bB]ytes?\b)",
+    "hz": r"[hH]z\b",
+    "w": r"(?:W\b|watts?\b)",
+    "ops_per_s": r"(?:FL)?OP(?:S|s|/s)?\b",
+    "bytes_per_s": r"B(?:yte)?s?/s",
+}
+_NUMBER = r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)"
 
 
-def figure_is_in(figure: int | float | str, text: str) -> bool:
+def _unit_of(name: str) -> str:
+    found = [unit for unit in _UNITS if name.endswith(f"_{unit}")]
+    return max(found, key=len, default="")
+
+
+def figure_is_in(figure: int | float | str, text: str, *, unit: str = "") -> bool:
     """Whether a figure is stated in a text, in any usual spelling.
 
-    `2400000000` is found in "2.4 GHz", `536870912` in "512 MB" and in "512 MiB" (memory is
-    counted in powers of two under either name), `4` in "quad-core".
+    With a unit (bytes, hz, w, ops_per_s, bytes_per_s) the number must be followed by it, after any
+    prefix: `2400000000` hz are found in "2.4 GHz", `536870912` bytes in "512 MB" and "512 MiB"
+    (memory is counted in powers of two under either name). A list may have its unit at the end:
+    "2, 4 and 8 GB". Without a unit the plain number counts, or its word: `4` is in "quad-core".
     """
     if isinstance(figure, str):
-        return re.search(rf"(?<![\w.]){re.escape(figure)}(?![\w]|\.\d)", text) is not None
-    if any(word in text.lower() for word in _WORDS.get(int(figure), ()) if figure == int(figure)):
-        return True
-    for match in _NUMBER.finditer(text):
-        number = float(match[1].replace(",", "").rstrip("."))
-        scales = {1, *_SCALES[(match[2] or "").lower()]}
-        if any(abs(number * scale - figure) <= 1e-9 * abs(figure) for scale in scales):
+        return re.search(rf"(?<![\w.-]){re.escape(figure)}(?![\w]|\.\d)", text) is not None
+    if not unit:
+        words = _WORDS.get(int(figure), "") if figure == int(figure) else ""
+        if words and re.search(rf"\b(?:{words})\b", text, re.IGNORECASE):
             return True
+        numbers = (float(match[1].replace(",", "")) for match in re.finditer(_NUMBER, text))
+        return any(_same(number, figure) for number in numbers)
+    for match in re.finditer(_LISTED.format(unit=_UNITS[unit]), text):
+        if unit == "w" and match["prefix"] == "m":
+            continue  # milli
+        power = _PREFIXES[(match["prefix"] or "").lower()]
+        for number in re.findall(_NUMBER, match["numbers"]):
+            value = float(number.replace(",", ""))
+            if any(_same(value * base**power, figure) for base in (1000, 1024)):
+                return True
     return False
+
+
+#: numbers that share a unit: "1, 2, 4 or 8 GB", "4x 2.4 GHz"
+_LISTED = (
+    r"(?P<numbers>" + _NUMBER + r"(?:(?:\s*(?:,|/|and|or|to|-)\s*)+" + _NUMBER + r")*)"
+    r"[\s-]*(?P<prefix>[kKMGTmg]?){unit}"
+)
+
+
+def _same(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-9 * abs(other)
 
 
 def _older(one: str, other: str) -> bool:

@@ -268,7 +268,7 @@ def _cpuinfo(text: str) -> list[dict[str, str]]:
         key, value = key.strip(), value.strip()
         if not colon:
             continue
-        if key == "processor" and value.isdigit():
+        if key == "processor" and value.isdecimal():
             blocks.append({})
         (blocks[-1] if blocks else common).setdefault(key, value)
     return [{**common, **block} for block in blocks]
@@ -302,7 +302,7 @@ def _cores(info: list[dict[str, str]], cpus: str) -> tuple[tuple[str | None, int
     clocks = {}
     for line in cpus.splitlines():
         words = line.split()
-        if len(words) >= 2 and words[0].isdigit():
+        if len(words) >= 2 and words[0].isdecimal():
             clocks[int(words[0])] = _number(words[1])
     found = []
     for number, block in enumerate(info):
@@ -329,19 +329,23 @@ def _storage(df: str) -> int | None:
     return int(numbers[-1]) * 1024 if numbers else None
 
 
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+)*[.a-z0-9+-]*$", re.ASCII)
+
+
 def _python(text: str) -> tuple[str | None, dict[str, str], str | None, str | None]:
     """Version, packages, libc, and what is wrong."""
     with suppress(ValueError, IndexError, KeyError, TypeError):
         said = json.loads(text.splitlines()[-1])
-        packages = {name: version for name, version in said["packages"].items() if version}
-        return str(said["python"]), packages, said["libc"] or None, None
+        packages = {n: v for n, v in said["packages"].items() if v and _VERSION.match(v)}
+        python = str(said["python"]) if _VERSION.match(str(said["python"])) else None
+        return python, packages, said["libc"] or None, None
     words = (text.splitlines() or [""])[-1][:120]
     return None, {}, None, f"no usable Python{f': {words}' if words else ''}"
 
 
 def _number(text: str | None) -> int | None:
     first = (text or "").strip().partition("\n")[0]
-    return int(first) if first.isdigit() else None
+    return int(first) if first.isdecimal() else None
 
 
 # --- making the profile -------------------------------------------------------------------------

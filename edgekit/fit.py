@@ -1,7 +1,7 @@
 """Does a model fit a device? Judged from the model's graph and the profile, before any work.
 
 Every operator is judged at every place it could run: the CPU by each engine of the profile, and
-each accelerator. Memory is a lower bound, so "does not fit" is certain and "fits" is not.
+each accelerator. Memory is a lower bound for engines that run operators one by one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from edgekit.artifact import FORMAT_NAMES
-from edgekit.device import Accelerator, DeviceProfile, EngineFacts
+from edgekit.device import Accelerator, DeviceProfile, EngineFacts, Quantization
 from edgekit.graph import Graph, Operator
 from edgekit.graph.names import native_names
 from edgekit.operators import OperatorTable, engine_table, operator_table
-from edgekit.precision import activation_types, computed_types
+from edgekit.precision import activation_types, computed_types, in_8_bits
 from edgekit_runtime.engines import ENGINES
 
 __all__ = ["Fit", "MemoryNeed", "Place", "Verdict", "format_name", "judge"]
@@ -59,10 +59,15 @@ class MemoryNeed:
     """Bytes at least, estimated: weights as stored, activations with operators run one by one.
     None where a free dimension hides it. `at` is the operator with the most activations."""
 
-    precision: Literal["as it came", "int8"]
+    precision: str
     weights: int
     activations: int | None
     at: str = ""
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return "as the model came" if self.precision == "as it came" else f"even {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -109,19 +114,27 @@ class Fit:
                 found.setdefault(verdict.reason, []).append(operator.path)
         return found
 
-    def _too_big(self) -> Iterator[str]:
-        rules = self.profile.quantization
-        may = rules.activations is None or {"int8", "uint8"} & set(rules.activations)
-        need = self.needs[-1] if may else self.needs[0]
+    def too_big(self, need: MemoryNeed) -> Iterator[tuple[str, str]]:
+        """`(field of the profile, words with both numbers)` of each limit that a need is over."""
         for field, limit, wanted, what in self.limits(need):
             if wanted is not None and wanted > limit:
-                source = self.profile.source_of(field)
                 where = f" (most at {need.at})" if "activations" in what and need.at else ""
                 yield (
-                    f"{what} need at least {_size(wanted)} {_as(need)}{where}; "
-                    f"{self.profile.id} has {_size(limit)} ({field}"
-                    f"{f'; {source.title}' if source else ''}); estimated"
+                    field,
+                    (
+                        f"{what} need at least {_size(wanted)} {need.words}{where}; "
+                        f"{self.profile.id} has {_size(limit)}"
+                    ),
                 )
+
+    def _too_big(self) -> Iterator[str]:
+        """As small as the rules allow: with 8-bit weights, say, and float activations."""
+        least = self.needs[0]
+        if len(self.needs) > 1:
+            least = _smallest(self.graph, self.profile.quantization)
+        for field, words in self.too_big(least):
+            source = self.profile.source_of(field)
+            yield f"{words} ({field}{f'; {source.title}' if source else ''}); estimated"
 
     def _nowhere(self) -> Iterator[str]:
         by_reason: dict[str, list[Operator]] = {}
@@ -226,8 +239,9 @@ def _on_cpu(
         return listed
     if graph.format == table.format == "onnx" and not operator.custom:
         most = facts.opset or table.opset
-        if most and graph.opset and graph.opset > most:
-            return Verdict("no", f"opset {graph.opset}; {table.called} takes up to {most}")
+        fault = _onnx_version(operator, graph, table, most)
+        if fault:
+            return fault
     if graph.format == table.format == "tflite" and not operator.custom:
         highest = (facts.operator_versions or {}).get(operator.type)
         highest = highest or table.operators[operator.type]
@@ -236,8 +250,36 @@ def _on_cpu(
                 "no",
                 f"{operator.type} version {operator.version}; {table.called} takes up to {highest}",
             )
+    rare = {graph.tensors[n].dtype for n in (*operator.inputs, *operator.outputs) if n} & _RARE
+    if rare:
+        kinds = ", ".join(sorted(map(str, rare)))
+        return Verdict("unknown", f"which kernels of {table.called} take {kinds} is not listed")
     needs = ("fixed shapes",) if facts.static_shapes and _free(operator, graph) else ()
     return Verdict("runs", listed.reason, needs)
+
+
+#: types for which CPU engines have kernels of some operators only
+_RARE = frozenset({"bfloat16", "float64", "int16", "uint16", "uint32", "uint64", "int4", "uint4"})
+
+
+def _onnx_version(
+    operator: Operator, graph: Graph, table: OperatorTable, most: int | None
+) -> Verdict | None:
+    """What speaks against an ONNX operator in the version its model uses."""
+    opset = graph.opset or 0
+    if most and opset > most:
+        return Verdict("no", f"opset {opset}; {table.called} takes up to {most}")
+    if table.opset_least and 0 < opset < table.opset_least:
+        return Verdict(
+            "unknown", f"opset {opset}; {table.called} promises {table.opset_least} and newer"
+        )
+    known = table.operators[operator.type]
+    if known and operator.version > known:
+        return Verdict(
+            "no",
+            f"{operator.type} as of opset {operator.version}; {table.called} has that of {known}",
+        )
+    return None
 
 
 def _on_accelerator(
@@ -346,21 +388,32 @@ def _towards(dtype: str, allowed: list[Any]) -> str | None:
 
 def _needs(graph: Graph) -> tuple[MemoryNeed, ...]:
     """As it came, and with every float in one byte, unless it computes in 8 bits already."""
-    found = []
+    small = in_8_bits(graph)
+    activations, at = small.peak_activation_bytes() or (None, "")
+    as_it_came = MemoryNeed("as it came", graph.weight_bytes, activations, at)
+    if not any("float" in one for one in activation_types(graph)):
+        return (as_it_came,)
+    return as_it_came, _need(graph, "in int8", weight_bytes=1, activation_bytes=1)
+
+
+def _smallest(graph: Graph, rules: Quantization) -> MemoryNeed:
+    """What the rules allow at best."""
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}
+    weights = min((sizes.get(one, 1) for one in rules.weights or ["int8"]), default=1)
+    activations = min((sizes.get(one, 1) for one in rules.activations or ["int8"]), default=1)
+    words = "in int8"
+    if (weights, activations) != (1, 1):
+        words = f"with {weights} bytes a weight and {activations} an activation"
+    return _need(graph, words, weight_bytes=weights, activation_bytes=activations)
+
+
+def _need(graph: Graph, words: str, *, weight_bytes: int, activation_bytes: int) -> MemoryNeed:
     made = {name for operator in graph.operators for name in operator.outputs}
     stored = [t for n, t in graph.tensors.items() if t.constant and n not in made]
-    kinds: tuple[tuple[Literal["as it came", "int8"], int | None], ...] = (
-        ("as it came", None), ("int8", 1),
-    )  # fmt: skip
-    saved = sum((t.size_bytes or 0) * 3 // 4 for t in stored if t.dtype == "float32")
-    for precision, width in (
-        kinds if any("float" in one for one in activation_types(graph)) else kinds[:1]
-    ):
-        peak = graph.peak_activation_bytes(width)
-        weights = graph.weight_bytes - (saved if width else 0)
-        activations, at = peak or (None, "")
-        found.append(MemoryNeed(precision, max(0, weights), activations, at))
-    return tuple(found)
+    float32 = sum(t.size_bytes or 0 for t in stored if t.dtype == "float32")
+    saved = float32 * (4 - weight_bytes) // 4
+    peak, at = graph.peak_activation_bytes(activation_bytes) or (None, "")
+    return MemoryNeed(words, max(0, graph.weight_bytes - saved), peak, at)
 
 
 def _limits(profile: DeviceProfile, need: MemoryNeed) -> Iterator[tuple[str, int, int | None, str]]:
@@ -385,14 +438,12 @@ def _limits(profile: DeviceProfile, need: MemoryNeed) -> Iterator[tuple[str, int
         yield field, least, both, "weights and activations"
 
 
-def _as(need: MemoryNeed) -> str:
-    return "even in int8" if need.precision == "int8" else "as the model came"
-
-
 def _size(size_bytes: int) -> str:
     """Exact where it is small: two figures that differ must not look the same."""
     if size_bytes < 10_000:
         return f"{size_bytes} bytes"
+    if size_bytes >= 1e12:
+        return f"{size_bytes:.3g} bytes"
     return f"{size_bytes / 1e6:.2f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
 
 

@@ -32,8 +32,9 @@ class OperatorTable(Facts):
     (ONNX: the opset its definition is from; TFLite: the operator version), 0 where versions mean
     nothing. ONNX operators of other domains are written `domain:Name`.
 
-    `opset` is the highest ONNX opset accepted. `engine`, `distribution` and `version` say which
-    package the table is about; None for accelerators.
+    `opset` is the highest ONNX opset accepted, `opset_least` the lowest that is promised.
+    `engine`, `distribution` and `version` say which package the table is about; None for
+    accelerators.
     """
 
     schema_: Literal["edgekit.operators/1"] = Field(alias="schema")
@@ -43,6 +44,7 @@ class OperatorTable(Facts):
     distribution: str | None = None
     version: Version | None = None
     opset: Count | None = None
+    opset_least: Count | None = None
     operators: dict[str, Annotated[int, Field(ge=0)]]
     source: Source
 

@@ -33,7 +33,8 @@ from edgekit.errors import (
     OutOfSpaceError,
 )
 from edgekit.evaluate import metric_named
-from edgekit.graph import read_graph
+from edgekit.fit import judge
+from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
@@ -175,13 +176,22 @@ class _Run:
         return None
 
     def _broken_promise(self, row: Row) -> str | None:
-        """What a quantized model does that the profile forbids, asked for or not."""
-        rules = self.job.profile.quantization
-        strict = not rules.per_channel or rules.symmetric or rules.activations is not None
-        if not strict or row.candidate.scheme.kind == "fp32" or row.artifact is None:
+        """What was made and the device's profile forbids, asked for or not: the quantizer's and
+        converter's work is read back and judged like a model that comes from outside."""
+        candidate, artifact = row.candidate, row.artifact
+        if candidate.reference_only or artifact is None or self.job.fit is None:
             return None
-        broken = broken_promise(read_graph(row.artifact.path), rules)
-        return f"made, but it breaks a rule of {self.job.profile.id}: {broken}" if broken else None
+        profile = self.job.profile
+        graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
+        fit = judge(graph, profile)
+        broken = broken_promise(graph, profile.quantization)
+        for _, words in fit.too_big(fit.needs[0]):
+            broken = broken or words
+        for place in fit.places:
+            if place.id == candidate.engine and place.kind == "cpu":
+                for reason in fit.reasons(place, "no"):
+                    broken = broken or f"{place.id}: {reason}"
+        return f"made, but not for {profile.id}: {broken}" if broken else None
 
     # --- measure --------------------------------------------------------------------------------
 
@@ -293,8 +303,10 @@ class _Run:
             elif row.status == "planned":
                 row.end("kept", _why_kept(row, chosen, rows[0]) if chosen else "")
         if chosen is None:
-            self._note(f"nothing that {self.job.profile.id} can run is within the budget of "
-                       f"{self.request.max_drop:g}: no bundle was made")  # fmt: skip
+            why = f"is within the budget of {self.request.max_drop:g}"
+            if self.incomplete:
+                why = "was tried to the end"
+            self._note(f"nothing that {self.job.profile.id} can run {why}: no bundle was made")
         return chosen, confirmation
 
     def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:

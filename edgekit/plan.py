@@ -12,9 +12,10 @@ from edgekit.compress.scheme import Scheme, broken_rule, schemes_for
 from edgekit.convert import EDGES, missing_extra, path_between
 from edgekit.device import DeviceProfile
 from edgekit.fit import Fit
+from edgekit.precision import broken_promise
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
-__all__ = ["Candidate", "Ruling", "engine_rulings", "make_plan"]
+__all__ = ["Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def make_plan(
     free_dimensions: bool = False,
     source_activations: frozenset[str] = frozenset(["float32"]),
     engine_rulings: Mapping[str, Ruling] | None = None,
+    source_ruling: Ruling | None = None,
 ) -> tuple[Candidate, ...]:
     """Candidates in the order they are built, most promising first.
 
@@ -82,6 +84,7 @@ def make_plan(
                 _absent(engine, profile)
                 or (engine_rulings or {}).get(engine)
                 or _illegal(scheme, profile, source_activations)
+                or (source_ruling if scheme.kind == "fp32" else None)
             )
             skip = _why_not(one, source_format, engine_faults.get(engine))
             found.append(replace(one, skip=str(ruling) if ruling else skip, ruling=ruling))
@@ -110,6 +113,25 @@ def engine_rulings(fit: Fit) -> dict[str, Ruling]:
     return found
 
 
+def source_ruling(fit: Fit) -> Ruling | None:
+    """What forbids the model as it came: its size, or a rule that it was quantized against."""
+    profile = fit.profile
+    for field, words in fit.too_big(fit.needs[0]):
+        return Ruling(profile.id, field, words, _title(profile, field))
+    rules = profile.quantization
+    quantized = rules.model_copy(update={"activations": None, "weights": None})
+    broken = broken_promise(fit.graph, quantized)
+    if broken is None:
+        return None
+    field = "quantization.per_channel" if "per channel" in broken else "quantization.symmetric"
+    return Ruling(profile.id, field, broken, _title(profile, field))
+
+
+def _title(profile: DeviceProfile, field: str) -> str:
+    source = profile.source_of(field)
+    return source.title if source else "no source"
+
+
 def _absent(engine: str, profile: DeviceProfile) -> Ruling | None:
     if engine in profile.engines:
         return None
@@ -127,8 +149,7 @@ def _illegal(
     broken = broken_rule(scheme, profile.quantization, source_activations)
     if broken is None:
         return None
-    source = profile.source_of(broken[0])
-    return Ruling(profile.id, broken[0], broken[1], source.title if source else "no source")
+    return Ruling(profile.id, broken[0], broken[1], _title(profile, broken[0]))
 
 
 def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str | None:

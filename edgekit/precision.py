@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from edgekit.device import Quantization
 from edgekit.graph import Graph, Operator
 from edgekit.graph.memory import VIEWS
+from edgekit.graph.model import elements
 
-__all__ = ["activation_types", "broken_promise", "computed_types"]
+__all__ = ["activation_types", "broken_promise", "computed_types", "in_8_bits"]
 
 _DEQUANTIZE, _QUANTIZE, _FAKE = "DequantizeLinear", "QuantizeLinear", "FakeQuantize"
 #: operators that only choose or move values, so work on quantized ones as they are
@@ -69,11 +72,12 @@ def _read_as(readers: list[Operator], graph: Graph) -> str | None:
 
 
 def broken_promise(graph: Graph, rules: Quantization) -> str | None:
-    """What a quantized model does that the rules forbid; None if it keeps to them.
+    """What a model does that the rules forbid; None if it keeps to them.
 
     A quantizer is asked for a scheme and silently leaves out what it cannot do: this is what it
     did.
     """
+    types = computed_types(graph)
     if not rules.per_channel:
         several = [n for n, t in graph.tensors.items() if t.constant and t.per_channel]
         if several:
@@ -85,23 +89,72 @@ def broken_promise(graph: Graph, rules: Quantization) -> str | None:
         ]  # fmt: skip
         if skewed:
             return f"{len(skewed)} activations have a zero point that is not 0 ({skewed[0]})"
-    if rules.activations is None or "float32" in rules.activations:
-        return None
-    types = computed_types(graph)
-    foreign = [
-        operator
-        for operator in graph.operators
-        if operator.canonical not in (_QUANTIZE, _DEQUANTIZE)
-        and operator.type != _FAKE
-        and operator.canonical not in _TYPELESS
-        and not graph.folded(operator)
-        and any(
-            "float" in (types.get(name) or "")
-            for name in (*operator.inputs, *operator.outputs)
-            if name and not graph.tensors[name].constant
-        )
+    steps = [
+        one
+        for one in graph.operators
+        if one.canonical not in (_QUANTIZE, _DEQUANTIZE, *_TYPELESS)
+        and one.type not in (_FAKE, "DynamicQuantizeLinear")
+        and not graph.folded(one)
     ]
-    if not foreign:
+    return _foreign_weights(graph, rules, steps, types) or _foreign_activations(
+        graph, rules, steps, types
+    )
+
+
+def _foreign_weights(
+    graph: Graph, rules: Quantization, steps: list[Operator], types: dict[str, str | None]
+) -> str | None:
+    if rules.weights is None:
         return None
-    kinds = ", ".join(dict.fromkeys(one.type for one in foreign))
-    return f"{len(foreign)} operators still compute in float: {kinds}"
+    found = {
+        name: types[name]
+        for one in steps
+        if one.macs != 0
+        for name in filter(None, one.inputs[1:])
+        if graph.tensors[name].constant and len(graph.tensors[name].shape or ()) > 1
+        if types[name] not in rules.weights
+    }
+    if not found:
+        return None
+    kinds = ", ".join(sorted({str(one) for one in found.values()}))
+    return f"{len(found)} weights are {kinds} ({next(iter(found))})"
+
+
+def _foreign_activations(
+    graph: Graph, rules: Quantization, steps: list[Operator], types: dict[str, str | None]
+) -> str | None:
+    if rules.activations is None:
+        return None
+    found: dict[str, set[str]] = {}
+    for one in steps:
+        for name in filter(None, (*one.inputs, *one.outputs)):
+            kind = types[name] or ""
+            counted = "float" in kind or kind in ("int8", "uint8", "int16", "uint16")
+            if counted and not graph.tensors[name].constant and kind not in rules.activations:
+                found.setdefault(kind, set()).add(one.type)
+    if not found:
+        return None
+    kind, operators = next(iter(found.items()))
+    return f"operators still compute in {kind}: {', '.join(sorted(operators))}"
+
+
+def in_8_bits(graph: Graph) -> Graph:
+    """The graph as engines run it that compute in 8 bits what lies between QuantizeLinear and
+    DequantizeLinear: such tensors take one byte per element, and the two cost nothing."""
+    types = computed_types(graph)
+    small = {
+        name: replace(tensor, dtype=types[name], size_bytes=elements(tensor.shape))
+        for name, tensor in graph.tensors.items()
+        if "float" in (tensor.dtype or "") and types[name] in ("int8", "uint8")
+        if not tensor.constant
+    }
+    if not small:
+        return graph
+    steps = tuple(
+        replace(one, canonical="Identity")
+        if (one.canonical in (_QUANTIZE, _DEQUANTIZE) or one.type == _FAKE)
+        and all(types[n] in ("int8", "uint8") for n in (one.inputs[0], one.outputs[0]))
+        else one
+        for one in graph.operators
+    )
+    return replace(graph, operators=steps, tensors={**graph.tensors, **small})

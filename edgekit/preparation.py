@@ -27,7 +27,7 @@ from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
 from edgekit.observer import Observer
 from edgekit.pipeline import Pipeline, read_pipeline
-from edgekit.plan import Candidate, engine_rulings, make_plan
+from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling
 from edgekit.profiles import load_profile
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
@@ -177,6 +177,7 @@ class _Preparation:
             free_dimensions=has_free_dimensions(source),
             source_activations=fit.activations if fit else frozenset(["float32"]),
             engine_rulings=engine_rulings(fit) if fit else None,
+            source_ruling=source_ruling(fit) if fit else None,
         )  # fmt: skip
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")

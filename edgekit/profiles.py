@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from edgekit.device import SCHEMA, DeviceProfile
-from edgekit.errors import UsageError
+from edgekit.errors import UsageError, one_line
 from edgekit.operators import known_operators, operator_table_ids
 from edgekit_runtime.engines import ENGINES
 
@@ -26,6 +26,7 @@ __all__ = [
     "profile_faults",
     "profile_ids",
     "profile_toml",
+    "read_profile_text",
 ]
 
 THIS_MACHINE = "this-machine"
@@ -70,10 +71,27 @@ def parse_profile(text: str, called: str) -> DeviceProfile:
 
 def profile_faults(text: str) -> list[str]:
     """What is wrong with a profile, one line each, the field named; empty if it is valid."""
+    if len(text) > _MOST_TEXT or any(_dots(line) > _MOST_DEPTH for line in text.splitlines()):
+        return ["not a device profile: too long, or tables too deep"]
     try:
         stated = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        return [f"not TOML: {error}"]
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, brackets of brackets
+        return [f"not TOML: {one_line(error)}"]
+    try:
+        return _faults_in(stated)
+    except (OverflowError, RecursionError) as error:
+        return [f"a number in it is out of all bounds: {one_line(error)}"]
+
+
+#: far above any profile; Python's TOML reader takes quadratic memory for keys like a.a.a.a
+_MOST_TEXT, _MOST_DEPTH = 1_000_000, 20
+
+
+def _dots(line: str) -> int:
+    return line.partition("=")[0].count(".") if not line.lstrip().startswith("#") else 0
+
+
+def _faults_in(stated: dict[str, Any]) -> list[str]:
     faults = [] if stated.get("schema") == SCHEMA else [_schema_fault(stated.get("schema"))]
     if faults and stated.get("schema") is not None:
         return faults  # what another schema's keys mean is not known here
@@ -123,12 +141,7 @@ def profile_toml(profile: DeviceProfile) -> str:
 
 def _text_of(profile_id: str) -> str:
     if profile_id.endswith(".toml"):
-        try:
-            return Path(profile_id).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot read {profile_id}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{profile_id} is not text (UTF-8), so no TOML") from None
+        return read_profile_text(Path(profile_id))
     known = profile_ids()
     if profile_id in known:
         file = resources.files("edgekit_device_profiles") / f"{profile_id}.toml"
@@ -144,12 +157,32 @@ def _text_of(profile_id: str) -> str:
     )
 
 
+def read_profile_text(path: Path) -> str:
+    """The text of a profile.
+
+    Raises:
+        UsageError: there is no such file, or it is no text.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot read {path}: not a file")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text (UTF-8), so no TOML") from None
+
+
 def _schema_fault(schema: Any) -> str:
     if schema is None:
         return f'schema is missing; wanted schema = "{SCHEMA}"'
     name, _, version = str(schema).partition("/")
     own_name, _, own_version = SCHEMA.partition("/")
-    if name == own_name and version.isdigit() and int(version) > int(own_version):
+    if (
+        name == own_name
+        and re.fullmatch(r"[0-9]{1,6}", version)
+        and int(version) > int(own_version)
+    ):
         return f"schema is {schema}, of a newer EdgeKit; this one reads {SCHEMA}: update EdgeKit"
     return f"schema is {schema!r}; wanted {SCHEMA!r}"
 

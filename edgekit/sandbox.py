@@ -118,7 +118,7 @@ class _Reply:
 def _child(target: str, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a process group of its own, gone when the block ends, whatever happens."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgekit.sandbox", target],
+        [sys.executable, "-P", "-m", "edgekit.sandbox", target],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -20,6 +20,7 @@ def _version() -> str:
 
 
 app = App(
+    suppress_keyboard_interrupt=False,
     name="edgekit",
     help="Fit a trained model to a device: convert, quantize, measure, choose, bundle, run.",
     help_epilogue="A first run on this machine: make demo. Exit codes: 0 done, 1 a stated limit "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from rich.markup import escape
 from rich.table import Table
 
 from edgekit.cli.console import AnsweredError, TerminalObserver, print_json, size, stdout
 from edgekit.device import DeviceProfile
 from edgekit.errors import UsageError
-from edgekit.profiles import load_profile, profile_faults, profile_ids
+from edgekit.profiles import load_profile, profile_faults, profile_ids, read_profile_text
 
 __all__ = ["app", "list_", "memory_text", "probe", "show", "validate"]
 
@@ -60,7 +62,8 @@ def show(profile: str, /, *, json: Json = False) -> None:
     if json:
         print_json(_facts(found))
         return
-    stdout.print(f"[bold]{found.id}[/bold]  {found.name} ({found.kind}, {found.arch})")
+    name = escape(found.name)
+    stdout.print(f"[bold]{found.id}[/bold]  {name} ({found.kind}, {found.arch})")
     numbers = {id(source): number for number, source in enumerate(found.sources, start=1)}
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -68,7 +71,9 @@ def show(profile: str, /, *, json: Json = False) -> None:
     table.add_column(justify="right")
     for name, value in found.facts():
         source = found.source_of(name)
-        table.add_row(name, _value(name, value), f"\\[{numbers[id(source)]}]" if source else "")
+        table.add_row(
+            name, escape(_value(name, value)), f"\\[{numbers[id(source)]}]" if source else ""
+        )
     stdout.print(table)
     if found.notes:
         stdout.print(f"notes: {found.notes}", markup=False)
@@ -144,18 +149,24 @@ def probe(
         One JSON object on stdout (schema edgekit.device/1).
     """
     if script:
+        if json:
+            raise UsageError("--script prints a shell script: leave out --json")
         from edgekit.facts import facts_script
 
         stdout.print(facts_script(), markup=False, soft_wrap=True, end="")
         return
-    from edgekit.measure.probe import probe_device
+    from edgekit.measure.probe import probe_device, slug
     from edgekit.profiles import profile_toml
 
     if output is not None and output.suffix != ".toml":
         raise UsageError(f"{output}: a profile is a .toml file")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {output}: no folder {output.parent}")
+    if profile_id is not None and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", profile_id):
+        raise UsageError(f"--id {profile_id!r}; wanted small letters, digits and - between them")
     with TerminalObserver() as observer:
         found = probe_device(
-            target, python=python, profile_id=profile_id or (output.stem if output else None),
+            target, python=python, profile_id=profile_id or (slug(output.stem) if output else None),
             measured=measure, observer=observer,
         )  # fmt: skip
     text = profile_toml(found)
@@ -176,7 +187,8 @@ def _show_probed(profile: DeviceProfile) -> None:
     cpu = profile.cpu
     cores = f"{cpu.cores} core{'s' if cpu.cores != 1 else ''}" if cpu.cores else "cores unknown"
     stdout.print(
-        f"[bold]{profile.name}[/bold]: {profile.arch}, {cores}, {memory_text(profile)} of memory"
+        f"[bold]{escape(profile.name)}[/bold]: {profile.arch}, {cores}, "
+        f"{memory_text(profile)} of memory"
     )
     if profile.roofline is None:
         return
@@ -195,11 +207,9 @@ def _show_probed(profile: DeviceProfile) -> None:
 
 def _faults_of(file: Path) -> list[str]:
     try:
-        return profile_faults(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        return [f"cannot be read: {error.strerror}"]
-    except UnicodeDecodeError:
-        return ["not text (UTF-8), so no TOML"]
+        return profile_faults(read_profile_text(file))
+    except UsageError as error:
+        return [str(error)]
 
 
 def memory_text(profile: DeviceProfile) -> str:

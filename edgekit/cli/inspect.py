@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,7 +124,11 @@ def input_shapes(inputs: list[str]) -> dict[str, tuple[int, ...]]:
     for one in inputs:
         name, equals, rest = one.rpartition("=")
         dims = rest.partition(":")[0].lower().split("x")
-        if not equals or not name or not all(dim.isdigit() and int(dim) for dim in dims):
+        if (
+            not equals
+            or not name
+            or not all(re.fullmatch(r"0*[1-9][0-9]{0,11}", dim) for dim in dims)
+        ):
             raise UsageError(f"--inputs {one!r}; wanted NAME=1x3x224x224, numbers from 1 on")
         if name in found:
             raise UsageError(f"--inputs: {name!r} is given twice")

@@ -16,6 +16,8 @@ COMPUTE_OPERATORS = "Conv/MatMul/Gemm"
 #: types a format's quantizer can give to activations, the usual one first (NNCF refuses to be
 #: told: its `signedness_to_force` conflicts with every target device)
 _ACTIVATIONS = {"onnx": ("uint8", "int8"), "openvino": ("uint8",), "tflite": ("int8",)}
+#: the type that activations get at run time in dynamic schemes
+_DYNAMIC = {"onnx": "uint8", "openvino": "int8", "tflite": "int8"}
 #: formats whose engines multiply 8-bit pairs with instructions that can saturate; LiteRT's kernels
 #: (XNNPACK) widen to 16 bits first (tests/contract/test_quantizers.py shows it)
 _SATURATES = ("onnx", "openvino")
@@ -28,8 +30,9 @@ class Scheme:
     kind: `fp32`, `int8-dynamic` (weights int8, activation scales at run time) or `int8-static`
     (activation scales from calibration). operators: `all`, or only those that multiply matrices.
     per_channel: weight scales per output channel. reduce_range: weights in 7 bits, for CPUs
-    whose 8-bit pair sums saturate (x86 without VNNI). activations: their type in static schemes,
-    `uint8` or `int8`. symmetric: their zero point is 0 (int8) or 128 (uint8).
+    whose 8-bit pair sums saturate (x86 without VNNI). activations: their type, from calibration
+    or at run time, `uint8` or `int8`. symmetric: their zero point is 0, or 128 where only uint8
+    is to be had.
     """
 
     kind: str
@@ -65,17 +68,19 @@ def schemes_for(fmt: str, rules: Quantization) -> tuple[Scheme, ...]:
     """What may be tried for a format, most promising first, made to fit the rules where the
     format's quantizer can; `broken_rule` says of each whether it does."""
     options = _ACTIVATIONS.get(fmt, ("int8",))
-    allowed = [one for one in options if one in (rules.activations or options)]
-    weights: dict[str, Any] = {
-        "per_channel": rules.per_channel,
-        "reduce_range": rules.reduce_range and fmt in _SATURATES,
-    }
-    static = {**weights, "activations": (allowed or options)[0], "symmetric": rules.symmetric}
+    # The zero point of a symmetric uint8 tensor is 128, so symmetric prefers int8.
+    preferred = sorted(options, key=lambda one: one != "int8") if rules.symmetric else options
+    allowed = [one for one in preferred if one in (rules.activations or options)]
+    narrow = rules.reduce_range and fmt in _SATURATES
+    weights: dict[str, Any] = {"per_channel": rules.per_channel, "reduce_range": narrow}
+    static = {**weights, "activations": (allowed or preferred)[0], "symmetric": rules.symmetric}
+    if fmt == "openvino":  # NNCF's weight compression has 8 bits only; it computes in float
+        weights["reduce_range"] = False
     return (
         Scheme("fp32"),
         Scheme("int8-static", COMPUTE_OPERATORS, **static),
         Scheme("int8-static", "all", **static),
-        Scheme("int8-dynamic", "all", **weights),
+        Scheme("int8-dynamic", "all", **weights, activations=_DYNAMIC.get(fmt, "int8")),
     )
 
 
@@ -91,6 +96,10 @@ def broken_rule(
     if scheme.kind == "int8-static":
         others = set() if scheme.operators == "all" else activations
         activations = {scheme.activations} | others
+    elif scheme.kind == "int8-dynamic":
+        activations |= {scheme.activations}
+        if rules.symmetric:
+            return "quantization.symmetric", "scales made at run time come with a zero point"
     weights = "int8"
     if scheme.kind == "fp32":
         weights = "float32" if "float32" in activations else min(activations, default="int8")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from edgekit.deploy.transport import Completed, Conversation, Transport
 from edgekit.errors import TargetError
@@ -19,21 +22,22 @@ __all__ = ["LocalTransport"]
 
 
 class LocalTransport(Transport):
-    """Commands are child processes."""
+    """Commands are child processes, each in a process group of its own."""
 
     def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         try:
-            done = subprocess.run(
-                command, input=stdin, capture_output=True, timeout=timeout_s, check=False,
-                env=child_environment(),
-            )  # fmt: skip
+            child = _start(command, stderr=subprocess.PIPE)
         except FileNotFoundError:
             return Completed(127, b"", f"{command[0]}: not found".encode())
         except OSError as error:
             return Completed(126, b"", f"{command[0]}: {error.strerror}".encode())
+        try:
+            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise TargetError(f"{command[0]} did not end within {timeout_s:.0f} s") from None
-        return Completed(done.returncode, done.stdout, done.stderr)
+        finally:
+            _kill(child)
+        return Completed(child.returncode, stdout, stderr)
 
     def converse(self, command: Sequence[str]) -> Conversation:
         return _LocalConversation(command)
@@ -42,7 +46,9 @@ class LocalTransport(Transport):
         try:
             shutil.copyfile(source, target)
         except OSError as error:
-            raise TargetError(f"cannot write {target}: {error.strerror}") from None
+            raise TargetError(
+                f"cannot copy {source} to {target}: {error.strerror or error}"
+            ) from None
 
     def close(self) -> None:
         pass
@@ -52,15 +58,13 @@ class _LocalConversation(Conversation):
     def __init__(self, command: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the conversation)
         try:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-                env=child_environment(), start_new_session=True,
-            )  # fmt: skip
+            self._child = _start(command, stderr=self._log)
         except OSError as error:
             self._log.close()
             raise TargetError(f"{command[0]}: {error.strerror}") from None
         self._lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._child.stdout is not None  # noqa: S101  (for the type checker)
@@ -71,24 +75,49 @@ class _LocalConversation(Conversation):
 
     def ask(self, line: str, *, timeout_s: float) -> bytes:
         assert self._child.stdin is not None  # noqa: S101  (for the type checker)
+        if self._log.closed:
+            raise TargetError("the conversation is over")
         with suppress(OSError):  # it died: reading says how
             self._child.stdin.write(line.encode() + b"\n")
             self._child.stdin.flush()
         try:
             answer = self._lines.get(timeout=timeout_s)
         except queue.Empty:
+            self.close()  # or a late answer would be taken for the next one's
             raise TargetError(f"no answer within {timeout_s:.0f} s") from None
         if not answer:
-            code = self._child.wait()
-            self._log.seek(0)
-            words = self._log.read().decode(errors="replace").strip().splitlines()
-            raise TargetError(f"the process ended, {code}{f' ({words[-1]})' if words else ''}")
+            raise TargetError(self._last_words())
         return answer
 
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(5)  # it closed its output: it has ended, or will never answer
+        self._log.seek(0)
+        words = self._log.read().decode(errors="replace").strip().splitlines()
+        self.close()
+        said = f" ({words[-1]})" if words else ""
+        return f"the process ended, {self._child.returncode}{said}"
+
     def close(self) -> None:
-        self._child.kill()
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout, self._log):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+        _kill(self._child, self._reader)
+        self._log.close()
+
+
+def _start(command: Sequence[str], *, stderr: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        env=child_environment(), start_new_session=True,
+    )  # fmt: skip
+
+
+def _kill(child: subprocess.Popen[bytes], reader: threading.Thread | None = None) -> None:
+    """End it and all it started, and close its streams."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    if reader is not None:
+        reader.join(5)  # the stream it reads ends with the process
+    for stream in (child.stdin, child.stdout, child.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # a reader may be in it
+                stream.close()

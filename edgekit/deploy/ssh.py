@@ -101,14 +101,14 @@ class SshTransport(Transport):
             ) from None
         except ssh.SFTPError as error:
             raise TargetError(f"{self.target}: {what}: {error.reason or 'failed'}") from None
-        except (OSError, ssh.Error) as error:
+        except (OSError, ssh.Error, UnicodeError) as error:
             words = re.sub(r"^\[Errno -?\d+\] ", "", one_line(error))
             raise TargetError(f"{self.target}: {words}") from None
 
 
 class _SshConversation(Conversation):
     def __init__(self, transport: SshTransport, process: Any) -> None:
-        self._transport, self._process = transport, process
+        self._transport, self._process, self._over = transport, process, False
 
     def ask(self, line: str, *, timeout_s: float) -> bytes:
         async def work() -> bytes:
@@ -120,9 +120,16 @@ class _SshConversation(Conversation):
                 raise TargetError(f"{self._transport.target}: the process there ended ({last})")
             return answer
 
-        return self._transport.wait(work(), timeout_s, "a measurement")
+        if self._over:
+            raise TargetError(f"{self._transport.target}: the conversation is over")
+        try:
+            return self._transport.wait(work(), timeout_s, "an answer")
+        except TargetError:
+            self.close()  # or a late answer would be taken for the next one's
+            raise
 
     def close(self) -> None:
+        self._over = True
         with suppress(Exception):
             self._process.kill()
             self._process.close()
@@ -131,9 +138,11 @@ class _SshConversation(Conversation):
 def _parse(target: str) -> SplitResult:
     try:
         place = urlsplit(target)
-        _ = place.port  # raises for one that is no number
+        port = place.port  # raises for one that is no number
     except ValueError as error:
         raise UsageError(f"{target}: {one_line(error)}; wanted ssh://user@host:port") from None
-    if not place.hostname or place.path.strip("/") or place.password or place.query:
+    if place.password is not None:
+        raise UsageError("an ssh target takes no password: keys and the agent are those of ssh")
+    if not place.hostname or place.path.strip("/") or place.query or place.fragment or port == 0:
         raise UsageError(f"{target!r} is no ssh target; wanted ssh://user@host:port")
     return place

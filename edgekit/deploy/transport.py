@@ -120,7 +120,7 @@ def connect(target: str) -> Transport:
         TargetError: it cannot be reached, or does not let us in.
     """
     scheme = target.partition("://")[0] if "://" in target else target
-    if scheme not in _TRANSPORTS:
+    if scheme not in _TRANSPORTS or (scheme == "local") is not (target == "local"):
         raise UsageError(f"no target {target!r}; known: local, ssh://user@host:port")
     module, name = _TRANSPORTS[scheme]
     opened: Transport = getattr(importlib.import_module(module), name)(target)

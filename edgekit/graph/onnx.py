@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -62,11 +63,13 @@ def read(path: str, shapes: dict[str, list[int]]) -> dict[str, Any]:
         inferred, known = infer(model)
         reader = _Reader(model, known)
         reader.read(model.graph, inferred.graph)
-        return reader.result(declared)
+        found = reader.result(declared)
+        json.dumps(found)  # names that are no text would only fail on their way out
     except (ModelError, UsageError) as error:
         raise type(error)(f"{path}: {error}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:  # a field that cannot be
         raise ModelError(f"{path}: damaged: {one_line(error)}") from None
+    return found
 
 
 class _Reader:

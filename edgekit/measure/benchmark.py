@@ -179,7 +179,7 @@ def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, int]]
     for _ in range(times):
         start = time.perf_counter_ns()
         done = subprocess.run(
-            [sys.executable, "-c", _COLD, *_command("bench", contender)[3:], "--cold"],
+            [sys.executable, "-P", "-c", _COLD, *_command("bench", contender)[4:], "--cold"],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
         wall_ns = time.perf_counter_ns() - start
@@ -199,7 +199,7 @@ _COLD = (
 
 
 def _command(verb: str, contender: Contender) -> list[str]:
-    command = [sys.executable, "-m", "edgekit_runtime", verb, str(contender.path)]
+    command = [sys.executable, "-P", "-m", "edgekit_runtime", verb, str(contender.path)]
     if contender.threads:
         command += ["--threads", str(contender.threads)]
     if contender.engine:

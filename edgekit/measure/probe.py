@@ -30,7 +30,7 @@ from edgekit.measure.roofline import (
 from edgekit.observer import Observer
 from edgekit_runtime import __version__
 
-__all__ = ["probe_device"]
+__all__ = ["probe_device", "slug"]
 
 _SLOW_S = 300.0  # an emulated board takes minutes for what a device does in a second
 _PROBE = (
@@ -87,7 +87,7 @@ def _tables(
     for fault in facts.faults:
         observer.note(f"{target}: {fault}")
     name = facts.model or facts.soc or facts.cpu or facts.arch
-    return profile_of(facts, profile_id=profile_id or _slug(name), name=name, kind=_kind(facts))
+    return profile_of(facts, profile_id=profile_id or slug(name), name=name, kind=_kind(facts))
 
 
 def _unmeasured(
@@ -108,6 +108,8 @@ def _unmeasured(
 def _read(transport: Transport, python: str) -> Facts:
     script = f"PYTHON={_quoted(python)}\n{facts_script()}"
     done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=_SLOW_S)
+    if done.code == 127 and not done.stdout:
+        raise TargetError(f"{transport.target}: no POSIX shell there: {done.last_words}")
     return read_facts(done.stdout.decode(errors="replace"))
 
 
@@ -123,7 +125,7 @@ class _Bench:
     def __enter__(self) -> _Bench:
         self.work = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         if self.here:
-            self.command = [self.python, "-m", "edgekit_runtime"]
+            self.command = [self.python, "-P", "-m", "edgekit_runtime"]
             return self
         try:
             self._folder = self.transport.scratch()
@@ -262,7 +264,8 @@ def _kind(facts: Facts) -> str:
     return "board" if facts.model else "generic"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A profile id made of a name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
 
 

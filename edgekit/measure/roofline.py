@@ -345,7 +345,7 @@ class _Process:
     def __enter__(self) -> _Process:
         self._log: IO[bytes] = tempfile.TemporaryFile()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "edgekit_runtime", "blocks"], stdin=subprocess.PIPE,
+            [sys.executable, "-P", "-m", "edgekit_runtime", "blocks"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._log, env=child_environment(),
             start_new_session=True, bufsize=0,
         )  # fmt: skip
@@ -404,7 +404,15 @@ def bandwidth_here(*, threads: int) -> dict[str, Any]:
     Raises:
         ChildError: there is no memory for it, say.
     """
-    command = [sys.executable, "-m", "edgekit_runtime", "bandwidth", "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "edgekit_runtime",
+        "bandwidth",
+        "--threads",
+        str(threads),
+    ]
     done = subprocess.run(
         command, capture_output=True, env=child_environment(), timeout=120, check=False
     )

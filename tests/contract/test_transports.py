@@ -122,6 +122,27 @@ def test_conversations_answer_line_by_line_and_say_how_they_ended(transport) -> 
     talk.close()
 
 
+def test_a_late_answer_is_not_the_next_ones(transport) -> None:
+    late = """import sys, time
+for number, line in enumerate(sys.stdin):
+    time.sleep(2 - number)
+    print(line, end="")
+"""
+    talk = transport.converse([sys.executable, "-u", "-c", late])
+    with pytest.raises(TargetError, match="within 1 s"):
+        talk.ask("one", timeout_s=1)
+    with pytest.raises(TargetError):
+        talk.ask("two", timeout_s=5)
+    talk.close()
+
+
+def test_nothing_that_a_command_started_is_left_behind() -> None:
+    with connect("local") as here, pytest.raises(TargetError):
+        here.run(["sh", "-c", "sleep 77.125 & sleep 77.126"], timeout_s=0.5)
+    left = subprocess.run(["pgrep", "-f", "sleep 77.12[56]"], capture_output=True, check=False)
+    assert left.stdout == b""
+
+
 def test_closing_twice_does_nothing(transport) -> None:
     transport.close()
     transport.close()
@@ -165,11 +186,32 @@ def test_a_connection_that_is_cut_is_one_error(server, capfd) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["ftp://x", "pi@board", "ssh://", "ssh://x:port", "ssh://a@b/path", "ssh://a:b@c", ""]
+    "target",
+    [
+        "ftp://x",
+        "pi@board",
+        "ssh://",
+        "ssh://x:port",
+        "ssh://a@b/path",
+        "ssh://x:0",
+        "ssh://x#y",
+        "local://",
+        "",
+    ],
 )
 def test_what_is_no_target_is_said(target) -> None:
     with pytest.raises(UsageError, match=r"ssh://user@host:port"):
         connect(target)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UsageError, match="takes no password") as caught:
+        connect("ssh://me:hunter2@board")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_name_that_no_host_can_have_is_one_line() -> None:
+    assert "ssh://" in one_line(lambda: connect("ssh://" + "a" * 300))
 
 
 def test_probing_over_ssh_makes_a_valid_profile(server) -> None:

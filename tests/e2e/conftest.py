@@ -75,7 +75,7 @@ class Cli:
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.environment = {**os.environ, "EDGEKIT_CACHE": str(cache)}
-        self.command = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+        self.command = [sys.executable, "-P", "-c", "from edgekit.cli import main; main()"]
 
     def __call__(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

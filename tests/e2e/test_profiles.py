@@ -130,6 +130,35 @@ def test_where_nothing_the_device_can_run_is_accurate_there_is_no_bundle(
     assert row["status"] == "dropped"
 
 
+@pytest.mark.needs("tensorflow")
+def test_a_model_too_big_in_float_is_shipped_in_int8(keras_cnn, edgekit, tmp_path) -> None:
+    model, data = keras_cnn
+    text = rule(tmp_path, "no rule").read_text()
+    text = text.replace("[defaults]", "[memory]\nmodel_bytes = 30_000\n[defaults]")
+    (tmp_path / "tight.toml").write_text(text.replace('["engines"', '["memory", "engines"'))
+    done = edgekit("optimize", model, "--for", tmp_path / "tight.toml", "--data", data,
+                   "-o", tmp_path, "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["chosen"].startswith("litert-int8")
+    reference = document["candidates"][0]
+    assert reference["reference_only"] and reference["rule"]["field"] == "memory.model_bytes"
+    with zipfile.ZipFile(tmp_path / "model.edgekit") as bundle:
+        name = next(one for one in bundle.namelist() if one.endswith(".tflite"))
+        (tmp_path / "shipped.tflite").write_bytes(bundle.read(name))
+    # What EdgeKit ships, EdgeKit does not refuse.
+    shipped = edgekit("inspect", tmp_path / "shipped.tflite", "--for", tmp_path / "tight.toml")
+    assert shipped.returncode == 0, shipped.stdout
+
+
+def test_files_in_the_working_folder_are_not_run(magika, edgekit, tmp_path) -> None:
+    for name in ("numpy", "json", "onnx", "queue"):
+        (tmp_path / f"{name}.py").write_text("open('RAN', 'w')\n")
+    done = edgekit("inspect", magika[0], "--for", "this-machine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "RAN").exists()
+
+
 def test_a_device_that_only_lacks_the_engine_is_told_apart(magika, edgekit, tmp_path) -> None:
     model, data = magika
     found = plan(edgekit, model, data, "generic-armv7", tmp_path)

@@ -193,27 +193,90 @@ def test_every_fault_is_listed_not_only_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figure", "text"),
+    ("figure", "unit", "text"),
     [
-        (2_400_000_000, "quad-core at 2.4GHz"), (2_400_000_000, "2400 MHz"), (4, "Quad-core A76"),
-        (536_870_912, "512 MB of RAM"), (512_000, "512 kB"), (524_288, "512 KiB"), (8, "octa-core"),
-        (4_294_967_296, "4GB"), (1024, "1,024 MACs"), (6e12, "6 TOPS"), (85.0, "85 °C"),
-        ("1.17", "onnxruntime 1.17 or newer"), (128, "128-bit SIMD"), (1, "a single core"),
+        (2_400_000_000, "hz", "quad-core at 2.4GHz"), (2_400_000_000, "hz", "2400 MHz"),
+        (536_870_912, "bytes", "512 MB of RAM"), (512_000, "bytes", "512 kB"),
+        (524_288, "bytes", "512 KiB"), (4_294_967_296, "bytes", "4GB"),
+        (4_294_967_296, "bytes", "sold with 2, 4 and 8 GB"), (2_147_483_648, "bytes", "2/4/8 GB"),
+        (2_097_152, "bytes", "2 MBytes of flash"), (6e12, "ops_per_s", "6 TOPS"),
+        (17e12, "ops_per_s", "17 TFLOPS"), (28.0, "w", "base power 28 W"),
+        (4, "", "Quad-core A76"), (8, "", "octa-core"), (1, "", "a single core"),
+        (1024, "", "1,024 MACs"), (85.0, "", "85 °C"), (128, "", "128-bit SIMD"),
+        ("1.17", "", "onnxruntime 1.17 or newer"),
     ],
 )  # fmt: skip
-def test_figures_are_found_in_usual_spellings(figure, text) -> None:
-    assert figure_is_in(figure, text)
+def test_figures_are_found_in_usual_spellings(figure, unit, text) -> None:
+    assert figure_is_in(figure, text, unit=unit)
 
 
 @pytest.mark.parametrize(
-    ("figure", "text"),
+    ("figure", "unit", "text"),
     [
-        (76, "Cortex-A76"), (4, "LPDDR4X"), (2_400_000_000, "24 GHz"), (2, "1.2 GHz"),
-        ("1.1", "version 1.17"), (512, "5120"), (4_294_967_296, "4 cores"), (17, "1.17"),
+        (76, "", "Cortex-A76"), (4, "", "LPDDR4X"), (2, "", "1.2 GHz"), (17, "", "1.17"),
+        (512, "", "5120"), ("1.1", "", "version 1.17"), (1, "", "a phone in Zone A"),
+        (6, "", "sixteen cores"), (8, "", "light weight"), (10, "", "often"), (2, "", "network"),
+        (2_400_000_000, "hz", "24 GHz"), (2_400_000_000, "hz", "2.4 Gb"),
+        (4_294_967_296, "bytes", "4 cores"), (8_589_934_592, "bytes", "8 Gbit"),
+        (8_589_934_592, "bytes", "8 GHz"), (8_589_934_592, "bytes", "8 Gb"),
+        (1_048_576, "bytes", "1 mW"), (3072, "bytes", "3 kg"), (1_000_000.0, "w", "1 mW"),
+        ("1", "", "2.3-1"),
     ],
 )  # fmt: skip
-def test_figures_are_not_found_inside_others(figure, text) -> None:
-    assert not figure_is_in(figure, text)
+def test_figures_are_not_found_inside_others(figure, unit, text) -> None:
+    assert not figure_is_in(figure, text, unit=unit)
+
+
+HOSTILE = {
+    "deep arrays": "a = " + "[" * 3000,
+    "deep tables": "a = " + "{a=" * 900,
+    "a long key": "a" + ".a" * 100_000 + " = 1",
+    "a long number": "a = " + "9" * 5000,
+    "a big number": 'schema = "edgekit.device/1"\nid = "a"\nname = "A"\nkind = "pc"\n'
+    'arch = "x86_64"\n[engines.litert]\n[power]\nmost_w = 1' + "0" * 400 + "\n[[sources]]\n"
+    'fields = ["power", "engines"]\nkind = "datasheet"\ntitle = "t"\nsays = "5 W"',
+    "an odd schema": 'schema = "edgekit.device/²"',
+    "a schema of digits": 'schema = "edgekit.device/' + "1" * 5000 + '"',
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_are_faults_and_nothing_worse(text) -> None:
+    faults = profile_faults(text)
+    assert faults and not any("\n" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("threads = 2", "threads = true"),
+        ("threads = 2", "threads = 2\naffinity = [0, 0]"),
+        ('name = "My board"', 'name = "My\\nboard"'),
+        ("[engines.litert]", '[engines.""]\n[engines.litert]'),
+        ("[defaults]", "[power]\nmost_w = true\n[defaults]"),
+        ("[defaults]", '[power]\nmost_w = "12"\n[defaults]'),
+        ("[defaults]", "[power]\nmost_w = inf\n[defaults]"),
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_faults(old, new) -> None:
+    changed = example().replace(old, new, 1)
+    if "power" in new:
+        changed = changed.replace('fields = ["defaults"', 'fields = ["power", "defaults"')
+    assert changed != example()
+    assert profile_faults(changed)
+
+
+def test_a_table_that_nobody_has_is_named_with_the_known() -> None:
+    changed = re.sub(r"operator_format.*\n", "", example())
+    changed = re.sub(r"operators = .*", 'operator_table = "nosuch"', changed)
+    (fault,) = profile_faults(changed)
+    assert fault.startswith("accelerators.npu.operator_table: no table 'nosuch'; known: ethos-u55")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UsageError, match="not a file"):
+        load_profile(str(tmp_path / "pipe.toml"))
 
 
 def test_the_longest_name_wins_and_covers_what_is_below() -> None:

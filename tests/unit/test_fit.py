@@ -7,7 +7,7 @@ import pytest
 from edgekit.device import DeviceProfile, Quantization
 from edgekit.fit import Fit, judge
 from edgekit.graph import Graph, Operator, Tensor
-from edgekit.precision import broken_promise, computed_types
+from edgekit.precision import broken_promise, computed_types, in_8_bits
 
 
 def device(**facts: Any) -> DeviceProfile:
@@ -173,7 +173,16 @@ def test_where_int8_is_not_allowed_the_model_must_fit_as_it_came() -> None:
     assert not judge(small(), device(memory=memory)).hopeless
     rules = {"activations": ["float32"], "weights": ["float32"]}
     fit = judge(small(), device(memory=memory, quantization=rules))
-    assert "weights and activations need at least 320 bytes as the model came" in fit.hopeless[0]
+    assert (
+        "need at least 320 bytes even with 4 bytes a weight and 4 an activation"
+        in (fit.hopeless[0])
+    )
+    # 8-bit weights with float activations: 64 + 64.
+    rules = {"activations": ["float32"], "weights": ["int8"]}
+    assert not judge(small(), device(memory=memory, quantization=rules)).hopeless
+    # The model as it came is over it, all the same: that decides which candidates are built.
+    fit = judge(small(), device(memory=memory))
+    assert [field for field, _ in fit.too_big(fit.needs[0])] == ["memory.ram_bytes"]
 
 
 def test_the_smallest_board_sold_counts() -> None:
@@ -220,9 +229,39 @@ def test_between_dequantize_and_quantize_it_computes_in_8_bits() -> None:
 
 def test_operators_left_in_float_break_an_int8_only_promise() -> None:
     rules = Quantization(activations=["uint8"])
-    assert broken_promise(qdq(), rules) == "1 operators still compute in float: LayerNormalization"
+    assert broken_promise(qdq(), rules) == "operators still compute in float32: LayerNormalization"
     assert broken_promise(qdq(), Quantization()) is None
     assert "scale per channel (w)" in (broken_promise(qdq(), Quantization(per_channel=False)) or "")
+
+
+def test_what_is_between_dequantize_and_quantize_takes_one_byte_and_the_two_cost_nothing() -> None:
+    # q (8 bytes) becomes h (8): 16 at MatMul; then hq, hf and r are one buffer of 8, y is 32.
+    peak = in_8_bits(qdq()).peak_activation_bytes()
+    assert peak == (40, "LayerNormalization_of_r")
+    assert judge(qdq(), device()).needs[0].activations == 40
+
+
+def test_weights_left_in_float_break_a_weights_promise() -> None:
+    rules = Quantization(weights=["int8"])
+    assert broken_promise(qdq(), rules) is None
+    assert broken_promise(small(), rules) == "1 weights are float32 (w)"
+
+
+def test_types_that_are_not_allowed_are_found_whichever_they_are() -> None:
+    rules = Quantization(activations=["float32"])
+    said = broken_promise(qdq(), rules) or ""
+    assert "compute in uint8" in said and "MatMul" in said
+
+
+def test_kernels_of_rare_types_and_old_opsets_are_not_promised() -> None:
+    assert verdicts(judge(small(dtype="float64"), device()), "onnxruntime")[0] == "?"
+    old = graph(list(small().operators), list(small().tensors.values()), opset=5)
+    assert verdicts(judge(old, device()), "onnxruntime") == ["?", "?"]
+    newer = graph(
+        [step("GlobalLpPool", "x", "y", version=22)], [tensor("x"), tensor("y")], opset=22
+    )
+    reason = judge(newer, device()).verdicts["onnxruntime"][0].reason
+    assert reason.startswith("GlobalLpPool as of opset 22; onnxruntime 1.31.1 has that of")
 
 
 def test_zero_points_that_are_not_0_break_a_symmetric_promise() -> None:

@@ -7,7 +7,7 @@ import pytest
 from edgekit import plan as plan_module
 from edgekit.compress.scheme import Scheme
 from edgekit.device import DeviceProfile
-from edgekit.plan import Candidate, make_plan
+from edgekit.plan import Candidate, Ruling, make_plan
 from edgekit.profiles import load_profile
 
 
@@ -84,10 +84,34 @@ def test_weight_types_rule_float_or_int8_out() -> None:
     assert not plan["onnxruntime-fp32"].reference_only
 
 
-def test_symmetric_reaches_static_schemes() -> None:
+def test_symmetric_reaches_static_schemes_and_rules_scales_at_run_time_out() -> None:
     plan = planned("onnx", profile(symmetric=True))
     static = [c.scheme for c in plan.values() if c.scheme.kind == "int8-static"]
     assert static and all(scheme.symmetric for scheme in static)
+    assert plan["onnxruntime-int8-static"].scheme.activations == "int8"  # uint8's 0 is 128
+    ruling = plan["onnxruntime-int8-dynamic"].ruling
+    assert ruling is not None and ruling.field == "quantization.symmetric"
+
+
+def test_float_activations_only_rule_out_types_made_at_run_time() -> None:
+    plan = planned("onnx", profile(activations=["float32"]))
+    assert built(plan) == {"onnxruntime-fp32", "openvino-fp32", "litert-fp32"}
+
+
+def test_7_bit_weights_are_said_only_where_they_are_made() -> None:
+    plan = planned("onnx", profile(reduce_range=True))
+    said = {name for name, one in plan.items() if "7-bit" in str(one.scheme)}
+    assert said == {
+        "onnxruntime-int8-static", "onnxruntime-int8-static-matmul", "onnxruntime-int8-dynamic",
+        "openvino-int8-static", "openvino-int8-static-matmul",
+    }  # fmt: skip
+
+
+def test_what_forbids_the_model_as_it_came_leaves_smaller_ones() -> None:
+    ruling = Ruling("mine", "memory.model_bytes", "too big", "sheet")
+    plan = planned("onnx", profile(), source_ruling=ruling)
+    assert built(plan) == {name for name in plan if "int8" in name} | {"onnxruntime-fp32"}
+    assert plan["onnxruntime-fp32"].reference_only
 
 
 def test_fixed_shapes_keep_the_free_model_as_reference() -> None:
