@@ -7,26 +7,18 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit.deploy import Conversation, Transport, connect
+from edgekit.deploy import Transport, connect
 from edgekit.deploy.runtime_archive import runtime_archive
 from edgekit.device import DeviceProfile
 from edgekit.errors import ChildError, EdgeKitError, TargetError, one_line
 from edgekit.facts import Facts, facts_script, probe_engine, profile_of, read_facts
 from edgekit.measure.probe_models import ProbeModel, probe_models
-from edgekit.measure.roofline import (
-    FULL,
-    ProbeFailure,
-    Run,
-    block_request,
-    block_samples,
-    measure_roofline,
-    run_local,
-)
+from edgekit.measure.roofline import FULL, ProbeFailure, Run, measure_roofline, run_local, run_on
 from edgekit.observer import Observer
 from edgekit_runtime import __version__
 
@@ -121,6 +113,7 @@ class _Bench:
         self.fault: str | None = None
         self._stack = ExitStack()
         self._folder, self._archive = "", ""
+        self._there: set[str] = set()
 
     def __enter__(self) -> _Bench:
         self.work = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -164,38 +157,21 @@ class _Bench:
             raise ChildError(done.last_words)
         return done.stdout.decode()
 
-    @contextmanager
-    def runs(self, engines: Sequence[str]) -> Iterator[Run]:
+    def runs(self, engines: Sequence[str]) -> AbstractContextManager[Run]:
         """How a block of a probe model is measured there."""
         if self.here:
-            with run_local(engines) as run:
-                yield run
-            return
-        talks: dict[str, Conversation] = {}
-        pushed: dict[Path, str] = {}
+            return run_local(engines)
+        command = [*self.command, "blocks"]
+        return run_on(self.transport, command, place=self._place, timeout_s=_SLOW_S)
 
-        def run_there(model: ProbeModel, threads: int) -> list[int]:
-            if model.path not in pushed:
-                for file in model.files:
-                    self.transport.push(file, f"{self._folder}/{model.size}-{file.name}")
-                pushed[model.path] = f"{self._folder}/{model.size}-{model.path.name}"
-            if model.engine not in talks:
-                talks[model.engine] = self.transport.converse([*self.command, "blocks"])
-            try:
-                line = talks[model.engine].ask(
-                    block_request(model, threads, path=pushed[model.path]), timeout_s=_SLOW_S
-                )
-            except TargetError as error:
-                talks.pop(model.engine).close()
-                # A dead engine is a finding about the model; a dead connection shows next time.
-                raise ChildError(one_line(error)) from None
-            return block_samples(model, line)
-
-        try:
-            yield run_there
-        finally:
-            for talk in talks.values():
-                talk.close()
+    def _place(self, model: ProbeModel) -> str:
+        """Copy a model there, once; the files of two sizes have the same names."""
+        path = f"{self._folder}/{model.size}-{model.path.name}"
+        if path not in self._there:
+            for file in model.files:
+                self.transport.push(file, f"{self._folder}/{model.size}-{file.name}")
+            self._there.add(path)
+        return path
 
 
 def _working(engines: dict[str, Any], bench: _Bench, observer: Observer) -> dict[str, Any]:

@@ -15,19 +15,16 @@ How a block is taken is passed in: `run_local` takes it here, and a remote targe
 from __future__ import annotations
 
 import json
-import os
 import random
-import select
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+from edgekit.deploy import Conversation, Transport, connect
 from edgekit.device import ComputeRoof, Roofline
 from edgekit.errors import (
     ChildError,
@@ -37,6 +34,7 @@ from edgekit.errors import (
     TargetError,
     UsageError,
     by_name,
+    one_line,
 )
 from edgekit.measure.probe_models import Dtype, Kind, ProbeModel
 from edgekit.sandbox import child_environment
@@ -55,6 +53,7 @@ __all__ = [
     "measure_roofline",
     "roof_share",
     "run_local",
+    "run_on",
 ]
 
 #: takes one block of samples of a model with so many threads: nanoseconds
@@ -308,94 +307,61 @@ def block_samples(model: ProbeModel, line: str | bytes) -> list[int]:
 
 
 @contextmanager
-def run_local(
-    engines: Sequence[str] = (), *, block_s: float = FULL.block_s, timeout_s: float = 60
+def run_on(
+    transport: Transport,
+    command: Sequence[str],
+    *,
+    place: Callable[[ProbeModel], str],
+    engines: Sequence[str] = (),
+    block_s: float = FULL.block_s,
+    timeout_s: float = 60,
 ) -> Iterator[Run]:
-    """Takes blocks on this machine: one process per engine, frozen while it is not its turn.
-    Those of `engines` are started at once and side by side, others when they are needed.
+    """Takes blocks on a target: `command` is its `edgekit-runtime blocks`, `place` brings a model
+    there and says its path. One process per engine; those of `engines` are started at once and
+    side by side, others when they are needed.
 
     Not one process per model, as `measure` has: starting Python and an engine takes up to half a
     second, and there are 30 combinations of model and threads in several sizes. Each block loads
     its model and closes it again, which ends the engine's threads.
     """
-    with ExitStack() as stack:
-        processes = {engine: stack.enter_context(_Process(engine)) for engine in engines}
+    talks: dict[str, Conversation] = {}
 
-        def run(model: ProbeModel, threads: int) -> list[int]:
-            if model.engine not in processes:
-                processes[model.engine] = stack.enter_context(_Process(model.engine))
-            process = processes[model.engine]
-            try:
-                line = process.ask(block_request(model, threads, block_s=block_s), timeout_s)
-            except ChildError:
-                del processes[model.engine]  # it is dead, or does not answer: a new one next time
-                process.stop()
-                raise
-            return block_samples(model, line)
+    def run(model: ProbeModel, threads: int) -> list[int]:
+        request = block_request(model, threads, path=place(model), block_s=block_s)
+        if model.engine not in talks:
+            talks[model.engine] = transport.converse(command)
+        try:
+            line = talks[model.engine].ask(request, timeout_s=timeout_s)
+        except TargetError as error:
+            # It is dead, or does not answer: a finding about the model, and a new process for
+            # the next one. That a connection is gone shows when that is started.
+            talks.pop(model.engine).close()
+            raise ChildError(f"{model.engine}: {one_line(error)}") from None
+        return block_samples(model, line)
 
+    try:
+        for engine in engines:
+            talks[engine] = transport.converse(command)
         yield run
+    finally:
+        for talk in talks.values():
+            talk.close()
 
 
-class _Process:
-    """`edgekit_runtime blocks` in a process group of its own."""
-
-    def __init__(self, engine: str) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> _Process:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgekit_runtime", "blocks"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, env=child_environment(),
-            start_new_session=True, bufsize=0,
-        )  # fmt: skip
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """End it, whatever it does; may be called twice."""
-        self._child.kill()
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout, self._log):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-
-    def ask(self, line: str, timeout_s: float) -> bytes:
-        """Send a line and read one.
-
-        Raises:
-            ChildError: it died, or does not answer in time.
-        """
-        assert self._child.stdin is not None  # noqa: S101  (for the type checker)
-        assert self._child.stdout is not None  # noqa: S101
-        self._signal(signal.SIGCONT)
-        with suppress(OSError):  # it died: reading says how
-            self._child.stdin.write(line.encode() + b"\n")
-        deadline, answer = time.monotonic() + timeout_s, b""
-        while not answer.endswith(b"\n"):
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._child.stdout], [], [], left)[0]:
-                raise ChildError(f"{self._engine}: no answer within {timeout_s:.0f} s, stopped")
-            piece = os.read(self._child.stdout.fileno(), 1 << 16)
-            if not piece:
-                raise ChildError(self._last_words())
-            answer += piece
-        self._signal(signal.SIGSTOP)
-        return answer
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._child.pid, number)
-
-    def _last_words(self) -> str:
-        code = self._child.wait()
-        self._log.seek(0)
-        words = self._log.read().decode(errors="replace").strip().splitlines()
-        said = f" ({words[-1][:200]})" if words else ""
-        return f"{self._engine}: the engine's process ended, {code}{said}"
+@contextmanager
+def run_local(
+    engines: Sequence[str] = (), *, block_s: float = FULL.block_s, timeout_s: float = 60
+) -> Iterator[Run]:
+    """Takes blocks on this machine."""
+    command = [sys.executable, "-P", "-m", "edgekit_runtime", "blocks"]
+    with (
+        connect("local") as here,
+        run_on(
+            here, command, place=lambda model: str(model.path), engines=engines,
+            block_s=block_s, timeout_s=timeout_s,
+        ) as run,
+    ):  # fmt: skip
+        yield run
 
 
 def bandwidth_here(*, threads: int) -> dict[str, Any]:
