@@ -38,14 +38,16 @@ app.command(
     "edgekit.cli.bench:bench", name="bench", help="Time a model or bundle: cold start and warm."
 )
 app.command(
-    "edgekit.cli.inspect:inspect", name="inspect", help="Show what is in a bundle or a model."
+    "edgekit.cli.inspect:inspect",
+    name="inspect",
+    help="Show what is in a bundle or a model; judge a model for a device.",
 )
 app.command(
     "edgekit.cli.runtime_zip:runtime_zip",
     name="runtime-zip",
     help="Write the on-device runtime as one file.",
 )
-app.command("edgekit.cli.devices:app", name="devices", help="List and show device profiles.")
+app.command("edgekit.cli.devices:app", name="devices", help="List, show, check and probe device profiles.")
 app.command(
     "edgekit.cli.doctor:doctor",
     name="doctor",

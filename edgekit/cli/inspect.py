@@ -28,7 +28,7 @@ def inspect(
     /,
     *,
     profile: Annotated[str | None, Parameter(name="--for")] = None,
-    inputs: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    inputs: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     every: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
