@@ -47,7 +47,9 @@ app.command(
     name="runtime-zip",
     help="Write the on-device runtime as one file.",
 )
-app.command("edgekit.cli.devices:app", name="devices", help="List, show, check and probe device profiles.")
+app.command(
+    "edgekit.cli.devices:app", name="devices", help="List, show, check and probe device profiles."
+)
 app.command(
     "edgekit.cli.doctor:doctor",
     name="doctor",

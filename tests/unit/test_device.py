@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.device import DeviceProfile, figure_is_in
+from edgekit.device import DeviceProfile
 from edgekit.errors import UsageError
+from edgekit.figures import figure_is_in
 from edgekit.operators import engine_table, operator_table, operator_table_ids
 from edgekit.profiles import (
     catalogue_ids,
