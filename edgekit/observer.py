@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # verbs that never optimize need not load what optimizing needs
     from edgekit.device import DeviceProfile
     from edgekit.plan import Candidate
 
-__all__ = ["Observer"]
+__all__ = ["Diary", "Observer"]
 
 
 class Observer:
@@ -29,3 +31,28 @@ class Observer:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+
+class Diary:
+    """Tells an observer, and keeps what the result says of the run: its notes, and the seconds each
+    phase took."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase begins, and ends with the block."""
+        self.observer.phase(name)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - start, 3)
+
+    def note(self, text: str) -> None:
+        """Something the user should know, now and in the result."""
+        self.notes.append(text)
+        self.observer.note(text)

@@ -11,9 +11,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
-from edgekit.observer import Observer
+from edgekit.observer import Diary, Observer
 from edgekit.outcome import SCHEMA, Row, data_facts, describe, model_facts
 from edgekit.precision import broken_promise
 from edgekit.preparation import Request, prepare
@@ -73,27 +72,25 @@ class _Run:
     ) -> None:
         self.request, self.observer, self.cache, self.cancel = request, observer, cache, cancel
         self.started = time.monotonic()
-        self.notes: list[str] = []
+        self.diary = Diary(observer)
         self.incomplete: list[str] = []
         self.roofline: Roofline | None = None
-        self.seconds: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
-        self.job = prepare(self.request, self.observer, self.cache)
-        self.notes, self.seconds = list(self.job.notes), dict(self.job.seconds)
+        self.job = prepare(self.request, self.diary, self.cache)
         rows = [Row(c) for c in self.job.plan]
         for row in rows:
             if row.candidate.skip:
                 row.end("skipped", row.candidate.skip)
         with tempfile.TemporaryDirectory(prefix="edgekit-") as scratch:
             self.work = Path(scratch)
-            with self._phase("build and evaluate"):
+            with self.diary.phase("build and evaluate"):
                 self._build_all(rows)
-            with self._phase("measure"):
+            with self.diary.phase("measure"):
                 self._measure_all(rows)
-            with self._phase("choose and confirm"):
+            with self.diary.phase("choose and confirm"):
                 chosen, confirmation = self._choose(rows)
-            with self._phase("bundle and report"):
+            with self.diary.phase("bundle and report"):
                 return self._finish(rows, chosen, confirmation)
 
     # --- build and evaluate ---------------------------------------------------------------------
@@ -124,7 +121,7 @@ class _Run:
             return
         chance = 1 / max(2, len(np.unique(labels)))
         if figure <= 1.2 * chance:
-            self._note(
+            self.diary.note(
                 f"the model as it came reaches {self.job.metric} {figure:.4f}, no better than "
                 f"chance ({chance:.4f}): are the labels in its order, and is it preprocessed as "
                 "in training?"
@@ -292,7 +289,7 @@ class _Run:
             if confirmation is None or confirmation["reason"] is None:
                 break
             chosen.end("dropped", f"on the untouched samples: {confirmation['reason']}")
-            self._note(f"{key} was within the budget on the selection samples but not when "
+            self.diary.note(f"{key} was within the budget on the selection samples but not when "
                        "confirmed; the next best was taken")  # fmt: skip
             chosen = rows[0] if eligible else None
         for row in rows:
@@ -303,10 +300,13 @@ class _Run:
             elif row.status == "planned":
                 row.end("kept", _why_kept(row, chosen, rows[0]) if chosen else "")
         if chosen is None:
-            why = f"is within the budget of {self.request.max_drop:g}"
-            if self.incomplete:
-                why = "was tried to the end"
-            self._note(f"nothing that {self.job.profile.id} can run {why}: no bundle was made")
+            profile, budget = self.job.profile.id, f"{self.request.max_drop:g}"
+            self.diary.note(
+                f"nothing that {profile} can run was tried to the end: no bundle was made"
+                if self.incomplete
+                else f"nothing is left that {profile} can run within the accuracy budget of "
+                f"{budget}: no bundle was made"
+            )
         return chosen, confirmation
 
     def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:
@@ -330,7 +330,7 @@ class _Run:
             if not self.cancel.is_set() and (end is None or time.monotonic() < end):
                 raise
             self.incomplete.append("the choice was not confirmed")
-            self._note(f"not confirmed: {error}")
+            self.diary.note(f"not confirmed: {error}")
             return None
         drop = after.get("drop", 0.0)
         reason = over_budget(drop, self.request.max_drop, after["broken"], after["samples"])
@@ -354,7 +354,7 @@ class _Run:
         document = self._document(rows, chosen, confirmation)
         if chosen is not None:
             self._write_bundle(chosen)
-        document["seconds"] = {**self.seconds, "total": time.monotonic() - self.started}
+        document["seconds"] = {**self.diary.seconds, "total": time.monotonic() - self.started}
         samples = {row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement}
         write_atomically(report, report_html(document).encode())
         write_atomically(
@@ -433,12 +433,12 @@ class _Run:
             "reference": described[0],
             "candidates": described,
             "chosen": chosen.candidate.id if chosen else None,
-            "why": chosen.reason if chosen else self.notes[-1],
+            "why": chosen.reason if chosen else self.diary.notes[-1],
             "confirmation": confirmation,
             "bundle": str(request.out / "model.edgekit") if chosen else None,
             "report": str(request.out / "report.html"),
             "incomplete": bool(self.incomplete),
-            "notes": [*self.notes, *self.incomplete],
+            "notes": [*self.diary.notes, *self.incomplete],
             "command": request.command,
             "edgekit": __version__,
             "conditions": self.job.conditions,
@@ -446,19 +446,6 @@ class _Run:
         }
 
     # --- small things ---------------------------------------------------------------------------
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.observer.phase(name)
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.monotonic() - start, 3)
-
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        self.observer.note(text)
 
     def _deadline(self, share: float) -> float | None:
         budget = self.request.budget_s

@@ -75,14 +75,14 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
     }
 
 
-def plan_document(job: Job) -> dict[str, Any]:
+def plan_document(job: Job, notes: list[str]) -> dict[str, Any]:
     """What would be tried, and what the profile rules out (`edgekit.plan/1`)."""
     return {
         "schema": "edgekit.plan/1",
         "profile": {"id": job.profile.id, "name": job.profile.name},
         "threads": job.threads,
         "metric": job.metric,
-        "notes": job.notes,
+        "notes": notes,
         "candidates": [_planned(one) for one in job.plan],
     }
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from edgekit.facts import probe_engine
 from edgekit.fit import Fit, judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
-from edgekit.observer import Observer
+from edgekit.observer import Diary
 from edgekit.pipeline import Pipeline, read_pipeline
 from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling
 from edgekit.profiles import load_profile
@@ -61,7 +58,7 @@ class Request:
 @dataclass(frozen=True)
 class Job:
     """A request that was read and checked. `fit` is None where the model's operators could not be
-    read; `seconds` are those of the phases so far."""
+    read."""
 
     profile: DeviceProfile
     threads: int
@@ -74,11 +71,9 @@ class Job:
     plan: tuple[Candidate, ...]
     conditions: dict[str, Any]
     builder: Builder
-    notes: list[str]
-    seconds: dict[str, float]
 
 
-def prepare(request: Request, observer: Observer, cache: Cache) -> Job:
+def prepare(request: Request, diary: Diary, cache: Cache) -> Job:
     """Read and check what was asked for, and plan; nothing is built, nothing written.
 
     Raises:
@@ -86,16 +81,14 @@ def prepare(request: Request, observer: Observer, cache: Cache) -> Job:
         LimitError: the device cannot run the model, or its profile allows no candidate.
         EdgeKitError: the reference's engine cannot be used here.
     """
-    return _Preparation(request, observer, cache).go()
+    return _Preparation(request, diary, cache).go()
 
 
 @dataclass
 class _Preparation:
     request: Request
-    observer: Observer
+    diary: Diary
     cache: Cache
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def go(self) -> Job:
         request = self.request
@@ -108,7 +101,7 @@ class _Preparation:
         if not request.dry_run:
             _check_writable(request.out)
         check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
-        with self._phase("read the model and the data"):
+        with self.diary.phase("read the model and the data"):
             source = open_model(request.model)
             fit = self._judged(source, profile)
             pipeline = Pipeline()
@@ -125,29 +118,28 @@ class _Preparation:
         plan = self._plan(source, profile, fit, threads)
         found = conditions()
         if found["arch"] != profile.arch:
-            self._note(
+            self.diary.note(
                 f"measured on this machine ({found['arch']}), not on {profile.name} "
                 f"({profile.arch}): the choice holds there only if the ranking carries over"
             )
         if threads > (found["cores"] or threads):
-            self._note(
+            self.diary.note(
                 f"{threads} threads on the {found['cores']} processors here: times are not those "
                 f"of a device that has {threads}"
             )
         for name, one in profile.accelerators.items():
-            self._note(
+            self.diary.note(
                 f"the {one.kind} {name} ({one.model or one.engine}) is not used: this version "
                 f"makes bundles for the CPU; edgekit inspect {request.model} --for "
                 f"{request.profile} says what it would run"
             )
         if plan[0].reference_only:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
-            self._note(f"{plan[0].id} is only what the others are compared with: {why}")
-        self.observer.plan(plan, profile)
+            self.diary.note(f"{plan[0].id} is only what the others are compared with: {why}")
+        self.diary.observer.plan(plan, profile)
         builder = Builder(source, data, split, metric, found["isa"], self.cache, plan[0])
         return Job(
             profile, threads, source, fit, pipeline, data, split, metric, plan, found, builder,
-            self.notes, self.seconds,
         )  # fmt: skip
 
     def _judged(self, source: Artifact, profile: DeviceProfile) -> Fit | None:
@@ -156,7 +148,7 @@ class _Preparation:
         try:
             fit = judge(read_graph(model, shapes=with_batch_one(source.inputs)), profile)
         except MissingExtraError as error:
-            self._note(f"not checked whether the model fits {profile.id}: {error}")
+            self.diary.note(f"not checked whether the model fits {profile.id}: {error}")
             return None
         if fit.hopeless:
             raise LimitError(
@@ -168,7 +160,7 @@ class _Preparation:
     def _plan(
         self, source: Artifact, profile: DeviceProfile, fit: Fit | None, threads: int
     ) -> tuple[Candidate, ...]:
-        with self._phase("probe the engines"), ThreadPoolExecutor() as pool:
+        with self.diary.phase("probe the engines"), ThreadPoolExecutor() as pool:
             wanted = [*profile.engines, ENGINE_OF_FORMAT[source.format]]
             engines = [name for name in dict.fromkeys(wanted) if name in ENGINES]
             faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
@@ -197,32 +189,19 @@ class _Preparation:
     def _tell_about(self, data: Dataset, split: Split) -> None:
         request = self.request
         if split.note:
-            self._note(split.note)
+            self.diary.note(split.note)
         if request.metric is None and data.labels is None:
-            self._note(
+            self.diary.note(
                 f"no labels in {request.data}: outputs are compared with those of the model as it "
                 f"came, and --max-drop {request.max_drop:g} is in cosine"
             )
         if data.unused:
-            self._note(f"arrays of {request.data} not used: {', '.join(data.unused)}")
+            self.diary.note(f"arrays of {request.data} not used: {', '.join(data.unused)}")
         if len(split.selection) < 100:
-            self._note(
+            self.diary.note(
                 f"only {len(split.selection)} samples to select on: differences of one point "
                 "cannot be told from chance"
             )
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        self.observer.phase(name)
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.monotonic() - start, 3)
-
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        self.observer.note(text)
 
 
 def _check_writable(folder: Path) -> None:

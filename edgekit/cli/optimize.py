@@ -23,6 +23,7 @@ from edgekit.cli.console import (
     times,
 )
 from edgekit.errors import UsageError
+from edgekit.observer import Diary
 from edgekit.optimize import optimize as run_optimize
 from edgekit.outcome import plan_document
 from edgekit.preparation import Request, prepare
@@ -105,9 +106,10 @@ def optimize(
     )  # fmt: skip
     with TerminalObserver() as observer:
         if dry_run:
-            job = prepare(request, observer, Cache())
+            diary = Diary(observer)
+            job = prepare(request, diary, Cache())
             if json:
-                print_json(plan_document(job))
+                print_json(plan_document(job, diary.notes))
             return
         document = run_optimize(request, observer)
     if json:

@@ -274,6 +274,8 @@ def _asked(document: _Document, scale: Scale) -> _Markup:
 
 def _confirmation(document: _Document, scale: Scale) -> tuple[_Markup, ...]:
     found = document["confirmation"]
+    if document["chosen"] is None and found is None:
+        return (_element("p", "Nothing was chosen, so there was nothing to confirm."),)
     if found is None:
         text = (
             "Not confirmed: how accurate the choice is, is known from the selection samples only."

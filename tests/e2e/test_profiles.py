@@ -29,6 +29,12 @@ def plan(edgekit, model: Path, data: Path, profile: Path, out: Path) -> dict[str
     return {one["id"]: one for one in document["candidates"]}
 
 
+def optimized(edgekit, model: Path, data: Path, profile: Path, out: Path) -> dict:
+    done = edgekit("optimize", model, "--for", profile, "--data", data, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 # --- obeyed -------------------------------------------------------------------------------------
 
 
@@ -76,9 +82,7 @@ def test_a_device_with_fixed_shapes_gets_a_bundle_with_fixed_shapes(
 ) -> None:
     model, data = keras_cnn
     profile = rule(tmp_path, "static shapes only")
-    done = edgekit("optimize", model, "--for", profile, "--data", data, "-o", tmp_path, "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = optimized(edgekit, model, data, profile, tmp_path)
     assert document["chosen"] != "litert-fp32"
     assert any("only what the others are compared with" in note for note in document["notes"])
     inside = json.loads(edgekit("inspect", tmp_path / "model.edgekit", "--json").stdout)
@@ -93,9 +97,7 @@ def test_a_device_for_int8_only_gets_int8_even_where_float_is_faster_here(
 ) -> None:
     model, data = keras_cnn
     profile = rule(tmp_path, "int8 activations only")
-    done = edgekit("optimize", model, "--for", profile, "--data", data, "-o", tmp_path, "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = optimized(edgekit, model, data, profile, tmp_path)
     assert document["chosen"] == "litert-int8-static"
     unpacked = zipfile.ZipFile(tmp_path / "model.edgekit")
     name = next(one for one in unpacked.namelist() if one.endswith(".tflite"))
@@ -138,10 +140,7 @@ def test_a_model_too_big_in_float_is_shipped_in_int8(keras_cnn, edgekit, tmp_pat
     text = rule(tmp_path, "no rule").read_text()
     text = text.replace("[defaults]", "[memory]\nmodel_bytes = 30_000\n[defaults]")
     (tmp_path / "tight.toml").write_text(text.replace('["engines"', '["memory", "engines"'))
-    done = edgekit("optimize", model, "--for", tmp_path / "tight.toml", "--data", data,
-                   "-o", tmp_path, "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = optimized(edgekit, model, data, tmp_path / "tight.toml", tmp_path)
     assert document["chosen"].startswith("litert-int8")
     reference = document["candidates"][0]
     assert reference["reference_only"] and reference["rule"]["field"] == "memory.model_bytes"
@@ -303,9 +302,7 @@ def test_this_machine_probed_is_a_profile_that_optimize_takes(edgekit, keras_cnn
         for kind in ("gemm", "depthwise"):
             assert {(engine, kind, "float32"), (engine, kind, "int8")} <= found
     model, data = keras_cnn
-    done = edgekit("optimize", model, "--for", profile, "--data", data, "-o", tmp_path, "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = optimized(edgekit, model, data, profile, tmp_path)
     shares = [one["roof_share"] for one in document["candidates"] if one["latency_ns"]]
     assert shares and all(0 < share < 1.5 for share in shares)
     assert "of this device&#x27;s roof" in (tmp_path / "report.html").read_text()
