@@ -6,12 +6,22 @@ Importing this package imports nothing heavy.
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekit.exporting import export as export
+    from edgekit_runtime import __version__ as __version__
+
+__all__ = ["__version__", "export"]
 
 
-def __getattr__(name: str) -> str:
-    if name != "__version__":
-        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
-    from edgekit_runtime import __version__  # imports numpy: not for `edgekit --help`
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from edgekit_runtime import __version__  # imports numpy: not for `edgekit --help`
 
-    return __version__
+        return __version__
+    if name == "export":
+        from edgekit.exporting import export
+
+        return export
+    raise AttributeError(f"module 'edgekit' has no attribute {name!r}")

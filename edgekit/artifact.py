@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 from edgekit import sandbox
 from edgekit.cache import file_sha256
 from edgekit.errors import ModelError
+from edgekit.formats import detect
+from edgekit.reading import Reading
 from edgekit_runtime.loading import load
 from edgekit_runtime.manifest import TensorSpec
-from edgekit_runtime.source import format_of
 
 __all__ = [
     "FORMAT_NAMES",
+    "SOURCES",
     "Artifact",
     "TensorSpec",
-    "format_files",
     "open_model",
     "read_specs",
     "spec_from_json",
 ]
 
-FORMAT_NAMES = {"onnx": "ONNX", "openvino": "OpenVINO IR", "tflite": "TFLite"}
+FORMAT_NAMES = {
+    "onnx": "ONNX", "openvino": "OpenVINO IR", "tflite": "TFLite", "ncnn": "ncnn",
+    "keras": "Keras", "savedmodel": "SavedModel", "torch": "PyTorch",
+    "torch-export": "PyTorch export", "torchscript": "TorchScript", "sklearn": "scikit-learn",
+}  # fmt: skip
 
-#: what people bring that this version does not read yet, and what to do about it
-_NOT_YET = {
-    ".keras": "a Keras model: export it with model.export(..., format='onnx')",
-    ".h5": "a Keras model: export it with model.export(..., format='onnx')",
-    ".hdf5": "a Keras model: export it with model.export(..., format='onnx')",
-    ".pt2": "a PyTorch export: use torch.onnx.export",
-    ".pt": "a PyTorch file: use torch.onnx.export",
-    ".pth": "PyTorch weights: build the model and use torch.onnx.export",
-    ".jit": "TorchScript: use torch.onnx.export",
-    ".joblib": "a scikit-learn estimator: convert it with skl2onnx",
-    ".pkl": "a pickle, which would run code when read: convert it to ONNX where it was made",
-    ".prototxt": "a Caffe model: convert it to ONNX first",
-    ".caffemodel": "a Caffe model: convert it to ONNX first",
+#: formats that no engine of the runtime loads, and the converter module that reads and runs them
+SOURCES = {
+    "keras": "edgekit_converters.keras:{}",
+    "savedmodel": "edgekit_converters.savedmodel:{}",
+    "torch": "edgekit_converters.torch:{}_factory",
+    "torch-export": "edgekit_converters.torch:{}",
+    "torchscript": "edgekit_converters.torchscript:{}",
+    "sklearn": "edgekit_converters.sklearn:{}",
 }
 
 
@@ -48,6 +50,8 @@ class Artifact:
 
     `files` are all it consists of, the main one first (an IR is `.xml` and `.bin`). `sha256` is
     over their contents in that order. `provenance` lists the steps that made it, oldest first.
+    `location` is what to call it by where that is no file: a SavedModel's folder,
+    `module.py:factory`. `facts` are what its framework says of it.
     """
 
     format: str
@@ -56,6 +60,10 @@ class Artifact:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     provenance: tuple[dict[str, Any], ...] = field(default=())
+    location: str = ""
+    reading: Reading = field(default_factory=Reading)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    called: str = ""
 
     @property
     def path(self) -> Path:
@@ -63,42 +71,67 @@ class Artifact:
         return self.files[0]
 
     @property
+    def arguments(self) -> tuple[str, ...]:
+        """What converters are given for it."""
+        return (self.location,) if self.location else tuple(map(str, self.files))
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return self.called or self.location or str(self.path)
+
+    @property
     def size_bytes(self) -> int:
         """The size of all files."""
         return sum(path.stat().st_size for path in self.files)
 
 
-def format_files(path: Path, fmt: str) -> tuple[Path, ...]:
-    """All files of a model whose main file is `path`."""
-    return (path, path.with_suffix(".bin")) if fmt == "openvino" else (path,)
-
-
 def open_model(
-    path: Path, *, provenance: tuple[dict[str, Any], ...] = (), called: str | None = None
+    source: Path | str,
+    *,
+    reading: Reading | None = None,
+    provenance: tuple[dict[str, Any], ...] = (),
+    called: str = "",
 ) -> Artifact:
-    """Read a model's specs by loading it, in a child process, into its own format's engine.
+    """Read a model's specs in a child process: by loading it into its format's engine, or into the
+    framework it comes from.
 
-    `called` is what errors call it instead of its path, for models that EdgeKit made.
+    `source` is a file, a SavedModel's folder or `module.py:factory`. `called` is what errors call
+    it instead, for models that EdgeKit made.
 
     Raises:
         ModelError: it is missing, empty, damaged, or of a format that is not read.
-        EngineMissingError: the format's engine is not installed.
+        UsageError: reading it would run code, and `reading` does not allow that; or it does not
+            say what `reading` must.
+        MissingToolError: the format's engine or framework is not installed.
     """
-    fmt = _checked_format(path)
-    files = format_files(path, fmt)
+    found = detect(str(source))
+    reading = reading or Reading()
+    location = found.source[0] if found.folder or found.function else ""
+    files = found.files
+    name = called or str(source)
+    if found.format in SOURCES:
+        function = SOURCES[found.format].format("describe")
+        what: dict[str, Any] = {"source": found.source, "options": reading.of_source().to_json()}
+        files += (reading.weights,) if reading.weights else ()
+    else:
+        function = "edgekit.artifact:read_specs"
+        what = {"path": str(source), "called": name}
     specs = sandbox.call(
-        "edgekit.artifact:read_specs",
-        {"path": str(path), "called": called or str(path)},
-        limits=sandbox.Limits(timeout_s=300),
-        what=f"reading {path}",
+        function, what, limits=sandbox.Limits(timeout_s=300), what=f"reading {name}"
     )
+    files += tuple(Path(one) for one in specs.get("files", ()))
     return Artifact(
-        fmt,
+        found.format,
         files,
         file_sha256(*files),
         tuple(spec_from_json(one) for one in specs["inputs"]),
         tuple(spec_from_json(one) for one in specs["outputs"]),
         provenance,
+        location,
+        reading,
+        specs.get("facts", {}),
+        called,
     )
 
 
@@ -109,6 +142,7 @@ def read_specs(path: str, called: str) -> dict[str, Any]:
             return {
                 "inputs": [dataclasses.asdict(spec) for spec in session.inputs],
                 "outputs": [dataclasses.asdict(spec) for spec in session.outputs],
+                "files": _external_files(path),
             }
     except ModelError as error:
         raise ModelError(f"{called}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -126,16 +160,11 @@ def spec_from_json(raw: dict[str, Any]) -> TensorSpec:
     )
 
 
-def _checked_format(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in _NOT_YET:
-        raise ModelError(f"{path} is {_NOT_YET[suffix]}; this version reads ONNX, TFLite and IR")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder; this version reads .onnx, .tflite and .xml files")
-    fmt = format_of(path)
-    for one in format_files(path, fmt):
-        if not one.exists():
-            raise ModelError(f"no file {one}")
-        if one.stat().st_size == 0 and one.suffix != ".bin":  # an IR may have no weights
-            raise ModelError(f"{one} is empty")
-    return fmt
+def _external_files(path: str) -> list[str]:
+    """Further files that an ONNX model's weights are in."""
+    if not path.lower().endswith(".onnx") or util.find_spec("onnx") is None:
+        return []
+    from importlib import import_module
+
+    external = import_module("edgekit_converters.onnx").external_files(Path(path))
+    return [str(one) for one in external]

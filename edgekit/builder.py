@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import sandbox
-from edgekit.artifact import Artifact
+from edgekit.artifact import SOURCES, Artifact
 from edgekit.cache import Cache, Key, content_key
 from edgekit.compress.fix_shapes import fix_shapes
 from edgekit.compress.quantize import quantize
-from edgekit.convert import convert, tool_versions
+from edgekit.conversion import Given, convert_with_proof
+from edgekit.convert import convert, path_between, tool_versions
 from edgekit.data import Dataset, Split
 from edgekit.errors import EdgeKitError
 from edgekit.evaluate import METRICS
@@ -28,9 +29,14 @@ __all__ = ["Builder"]
 Progress = Callable[[int, int], None]
 
 
+def _names(artifact: Artifact) -> list[set[str]]:
+    return [{one.name for one in specs} for specs in (artifact.inputs, artifact.outputs)]
+
+
 @dataclass
 class Builder:
     """Everything a candidate is made from. `isa` are the CPU's features that decide int8 results.
+    `came` is the model as it came, where `source` is what it became for an engine to load.
 
     Methods may be called from several threads.
     """
@@ -42,6 +48,7 @@ class Builder:
     isa: list[str]
     cache: Cache
     reference: Candidate
+    came: Artifact | None = None
     _made: dict[tuple[str, bool], Artifact | EdgeKitError] = field(default_factory=dict)
     _locks: dict[tuple[str, bool], threading.Lock] = field(default_factory=dict)
 
@@ -69,16 +76,32 @@ class Builder:
         with self._locks.setdefault(key, threading.Lock()):
             if key not in self._made:
                 try:
-                    source = self._fixed(limits) if fixed else self.source
-                    self._made[key] = convert(
-                        source, fmt, cache=self.cache, limits=limits, progress=progress
-                    )
+                    self._made[key] = self._directly(fmt, fixed, limits) or convert(
+                        self._fixed(limits) if fixed else self.source, fmt,
+                        cache=self.cache, limits=limits, progress=progress,
+                    )  # fmt: skip
                 except EdgeKitError as error:
                     self._made[key] = error
         found = self._made[key]
         if isinstance(found, EdgeKitError):
             raise found
         return found
+
+    def _directly(self, fmt: str, fixed: bool, limits: sandbox.Limits) -> Artifact | None:
+        """What a source framework's own converter makes of the model as it came, where there is a
+        way that does not go through `source`, and it computes the same under the same names."""
+        came = self.came
+        if fixed or came is None or came.format not in SOURCES or fmt == self.source.format:
+            return None
+        if any(edge.target == self.source.format for edge in path_between(came.format, fmt) or ()):
+            return None
+        try:
+            given = Given.of(self.data, came.inputs)
+            found = convert_with_proof(came, fmt, cache=self.cache, given=given, limits=limits)
+        except EdgeKitError:
+            return None
+        same = _names(found.artifact) == _names(self.source)
+        return found.artifact if found.passed and same else None
 
     def _fixed(self, limits: sandbox.Limits) -> Artifact:
         sample = self.data.sample(int(self.split.selection[0]), self.source.inputs)

@@ -178,6 +178,8 @@ class _Run:
         candidate, artifact = row.candidate, row.artifact
         if candidate.reference_only or artifact is None or self.job.fit is None:
             return None
+        if artifact.format == "ncnn":  # its operators are pnnx's choice, and not read here
+            return None
         profile = self.job.profile
         graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
         fit = judge(graph, profile)

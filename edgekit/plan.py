@@ -9,7 +9,7 @@ from importlib import util
 from edgekit.artifact import FORMAT_NAMES
 from edgekit.compress.quantize import QUANTIZERS
 from edgekit.compress.scheme import Scheme, broken_rule, schemes_for
-from edgekit.convert import EDGES, missing_extra, path_between
+from edgekit.convert import install_line, missing_extra, path_between
 from edgekit.device import DeviceProfile
 from edgekit.fit import Fit
 from edgekit.precision import broken_promise
@@ -73,8 +73,6 @@ def make_plan(
     found = []
     for engine, entry in ENGINES.items():
         fmt = entry.formats[0]
-        if fmt != source_format and all(edge.target != fmt for edge in EDGES):
-            continue  # nothing makes its files in this version
         facts = profile.engines.get(engine)
         fixed = free_dimensions and facts is not None and facts.static_shapes
         for scheme in schemes_for(fmt, profile.quantization):
@@ -89,7 +87,7 @@ def make_plan(
             skip = _why_not(one, source_format, engine_faults.get(engine))
             found.append(replace(one, skip=str(ruling) if ruling else skip, ruling=ruling))
     # By scheme first: fp32 everywhere tells early which engines work at all.
-    schemes = [scheme.id for scheme in schemes_for(source_format, profile.quantization)]
+    schemes = [scheme.id for scheme in schemes_for("onnx", profile.quantization)]
     found.sort(key=lambda c: (schemes.index(c.scheme.id), c.engine != native))
     first, fault = found[0], engine_faults.get(native)
     if first.fixed_shapes:
@@ -164,7 +162,7 @@ def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str
     for edge in path:
         missing = missing_extra(edge)
         if missing:
-            return f"converting needs {missing}: pip install -e '.[{edge.extra}]'"
+            return f"converting needs {missing}: {install_line(edge)}"
     if candidate.scheme.kind != "fp32":
         _, module, extra, _ = QUANTIZERS[candidate.format]
         if util.find_spec(module) is None:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import errno
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import Artifact, open_model
+from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache, check_space
 from edgekit.choose import Aim
 from edgekit.compress.fix_shapes import has_free_dimensions
+from edgekit.conversion import Given, convert_with_proof
 from edgekit.data import Dataset, Split, open_dataset, split_samples
 from edgekit.device import DeviceProfile
-from edgekit.errors import EdgeKitError, LimitError, MissingExtraError, UsageError
+from edgekit.errors import (
+    EdgeKitError,
+    LimitError,
+    MissingExtraError,
+    ModelError,
+    UsageError,
+)
 from edgekit.evaluate import metric_named
 from edgekit.facts import probe_engine
 from edgekit.fit import Fit, judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
-from edgekit.observer import Diary
+from edgekit.observer import Diary, Observer
 from edgekit.pipeline import Pipeline, read_pipeline
 from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling
 from edgekit.profiles import load_profile
+from edgekit.reading import Reading
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
 __all__ = ["Job", "Request", "prepare"]
@@ -53,12 +61,14 @@ class Request:
     command: str = ""
     preprocess: Path | None = None
     dry_run: bool = False
+    reading: Reading = field(default_factory=Reading)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was read and checked. `fit` is None where the model's operators could not be
-    read."""
+    """A request that was read and checked. `source` is the model that the others are compared
+    with: as it came, or what it became where no engine loads what came. `fit` is None where the
+    model's operators could not be read."""
 
     profile: DeviceProfile
     threads: int
@@ -84,6 +94,16 @@ def prepare(request: Request, diary: Diary, cache: Cache) -> Job:
     return _Preparation(request, diary, cache).go()
 
 
+class _Quiet(Observer):
+    """Passes on what the user should know of a conversion, not its every step."""
+
+    def __init__(self, diary: Diary) -> None:
+        self._diary = diary
+
+    def note(self, text: str) -> None:
+        self._diary.note(text)
+
+
 @dataclass
 class _Preparation:
     request: Request
@@ -102,12 +122,13 @@ class _Preparation:
             _check_writable(request.out)
         check_space(self.cache.root, least_bytes=_LEAST_FREE_BYTES)
         with self.diary.phase("read the model and the data"):
-            source = open_model(request.model)
-            fit = self._judged(source, profile)
+            came = open_model(request.model, reading=request.reading)
             pipeline = Pipeline()
             if request.preprocess:
-                pipeline = read_pipeline(request.preprocess, source.inputs, source.outputs)
-            data = open_dataset(request.data, source.inputs, self.cache, pipeline)
+                pipeline = read_pipeline(request.preprocess, came.inputs, came.outputs)
+            data = open_dataset(request.data, came.inputs, self.cache, pipeline)
+            source = self._loadable(came, data)
+            fit = self._judged(source, profile)
             calibration = None
             if request.calibration:
                 calibration = open_dataset(request.calibration, source.inputs, self.cache, pipeline)
@@ -137,16 +158,53 @@ class _Preparation:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
             self.diary.note(f"{plan[0].id} is only what the others are compared with: {why}")
         self.diary.observer.plan(plan, profile)
-        builder = Builder(source, data, split, metric, found["isa"], self.cache, plan[0])
+        builder = Builder(source, data, split, metric, found["isa"], self.cache, plan[0], came)
         return Job(
             profile, threads, source, fit, pipeline, data, split, metric, plan, found, builder,
         )  # fmt: skip
+
+    def _loadable(self, came: Artifact, data: Dataset) -> Artifact:
+        """The model as it came if an engine loads it; else what it becomes, proven to compute the
+        same on the user's own samples."""
+        if came.format not in SOURCES and not came.reading.to_json().keys() - {"trust_source"}:
+            return came
+        faults = []
+        targets = ("onnx", "tflite") if came.format in SOURCES else (came.format,)
+        for target in targets:
+            try:
+                found = convert_with_proof(
+                    came,
+                    target,
+                    cache=self.cache,
+                    given=Given.of(data, came.inputs),
+                    observer=_Quiet(self.diary),
+                )
+            except EdgeKitError as error:
+                if isinstance(error, UsageError) and not isinstance(error, ModelError):
+                    raise
+                faults.append(error)
+                continue
+            if found.passed:
+                worst = max(found.ledger, key=lambda line: line.worst.max_relative).worst
+                self.diary.note(
+                    f"{came.name} was converted to {FORMAT_NAMES[target]}, which is what the "
+                    f"others are compared with: on {found.inputs} it is off by "
+                    f"{worst.max_relative:.1g} of {worst.name}'s greatest value"
+                )
+                return found.artifact
+            line = next(line for line in found.ledger if not line.passed)
+            faults.append(
+                LimitError(
+                    f"as {FORMAT_NAMES[target]}, it computes something else: {line.reason()}"
+                )
+            )
+        raise type(faults[0])("; ".join(dict.fromkeys(map(str, faults))))
 
     def _judged(self, source: Artifact, profile: DeviceProfile) -> Fit | None:
         """The model's fit, judged before any work; None if its operators cannot be read here."""
         model = self.request.model
         try:
-            fit = judge(read_graph(model, shapes=with_batch_one(source.inputs)), profile)
+            fit = judge(read_graph(source.path, shapes=with_batch_one(source.inputs)), profile)
         except MissingExtraError as error:
             self.diary.note(f"not checked whether the model fits {profile.id}: {error}")
             return None

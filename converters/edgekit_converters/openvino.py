@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import Any
 
 from edgekit.errors import ModelError, one_line, require
 
@@ -22,11 +23,16 @@ def _blame(log: str) -> str:
     return one_line(ValueError(log))
 
 
-def from_onnx(source: list[str], target: str) -> None:
-    """Write an IR with float32 weights (`target` and its `.bin`)."""
+def from_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Write an IR with float32 weights (`target` and its `.bin`).
+
+    Raises:
+        ModelError: OpenVINO cannot convert it; names the operator.
+    """
     ov = require("openvino", extra="openvino")
     try:
         model = ov.Core().read_model(source[0])
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot convert the model: {_blame(str(error))}") from error
     ov.save_model(model, target, compress_to_fp16=False)
+    return {}

@@ -38,6 +38,12 @@ app.command(
     "edgekit.cli.bench:bench", name="bench", help="Time a model or bundle: cold start and warm."
 )
 app.command(
+    "edgekit.cli.convert:convert",
+    name="convert",
+    help="Convert a model, and prove at every hop that it computes the same.",
+)
+app.command("edgekit.cli.check:check", name="check", help="Check that two models compute the same.")
+app.command(
     "edgekit.cli.inspect:inspect",
     name="inspect",
     help="Show what is in a bundle or a model; judge a model for a device.",

@@ -9,15 +9,19 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from edgekit.cache import default_root, file_sha256, write_atomically
+from edgekit.artifact import FORMAT_NAMES, open_model
+from edgekit.cache import Cache, default_root, file_sha256, write_atomically
 from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
-from edgekit.errors import ChildError, ModelError, UsageError
+from edgekit.cli.source import SourceOptions
+from edgekit.conversion import convert_with_proof
+from edgekit.errors import ChildError, LimitError, ModelError, UsageError
 from edgekit.facts import this_machine
+from edgekit.formats import detect
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_starts, measure
 from edgekit.measure.conditions import conditions
+from edgekit.observer import Observer
 from edgekit_runtime.bundle import Bundle, is_bundle
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
-from edgekit_runtime.source import format_of
 
 __all__ = ["bench"]
 
@@ -25,10 +29,11 @@ _COLD_STARTS = 3
 
 
 def bench(
-    model: Path,
+    model: str,
     /,
     *,
     engine: str | None = None,
+    source: SourceOptions | None = None,
     threads: int | None = None,
     input_: Annotated[Path | None, Parameter(name="--input")] = None,
     on: str = "local",
@@ -40,9 +45,12 @@ def bench(
     Parameters
     ----------
     model
-        A bundle (.edgekit) or a plain model (.onnx, .tflite, .xml).
+        A bundle (.edgekit) or a model of any format that edgekit convert reads.
     engine
-        For a plain model: onnxruntime, openvino or litert; its format's own otherwise.
+        For a model: onnxruntime, openvino, litert or ncnn, for which it is converted if need be;
+        its format's own otherwise, and onnxruntime where no engine loads it as it is.
+    source
+        How to read the model.
     threads
         Threads for the engine; the bundle's own number, or this machine's, otherwise.
     input_
@@ -58,25 +66,24 @@ def bench(
         raise UsageError(f"the target {on!r} is not known; this version has: local")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; wanted at least 1")
-    if not model.is_file():
-        raise ModelError(f"no file {model}")
     if input_ is not None and not input_.is_file():
         raise UsageError(f"no file {input_}")
     if engine is not None and engine not in ENGINES:
         raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
-    bundled = is_bundle(model)
-    if bundled:
-        if engine is not None:
-            raise UsageError("--engine is for plain models; a bundle's variants name theirs")
-        with Bundle(model) as opened:
-            opened.verify()
-            variant = opened.manifest.variant()
-        engine, used = variant.engine, threads or variant.threads
-    else:
-        engine = engine or ENGINE_OF_FORMAT[format_of(model)]
-        used = threads or this_machine().threads
-    contender = Contender(model.name, model, used, None if bundled else engine)
+    path = Path(model)
+    bundled = path.is_file() and is_bundle(path)
     with TerminalObserver() as observer:
+        if bundled:
+            if engine is not None:
+                raise UsageError("--engine is for models; a bundle's variants name theirs")
+            with Bundle(path) as opened:
+                opened.verify()
+                variant = opened.manifest.variant()
+            engine, used = variant.engine, threads or variant.threads
+        else:
+            path, engine = _loadable(model, engine, source or SourceOptions(), observer)
+            used = threads or this_machine().threads
+        contender = Contender(path.name, path, used, None if bundled else engine)
         observer.phase("[1/2] cold start")
         cold = cold_starts(contender, times=_COLD_STARTS)
         observer.phase("[2/2] warm runs")
@@ -86,8 +93,8 @@ def bench(
         )[contender.id]  # fmt: skip
     if taken.failure:
         raise (ModelError if taken.failure_code == 2 else ChildError)(taken.failure)
-    document = _document(model, engine, used, cold, taken)
-    file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.stem}.json"
+    document = _document(model, path, engine=engine, threads=used, cold=cold, taken=taken)
+    file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{path.stem}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json_module.dumps(document).encode())
     if json:
@@ -96,14 +103,37 @@ def bench(
     _show(document, file)
 
 
+def _loadable(
+    model: str, engine: str | None, source: SourceOptions, observer: Observer
+) -> tuple[Path, str]:
+    """A file that the engine loads: the model, or what it becomes, proven to compute the same."""
+    fmt = detect(model).format
+    wanted = engine or ENGINE_OF_FORMAT.get(fmt, "onnxruntime")
+    if fmt in ENGINES[wanted].formats and not source.inputs:
+        return Path(model), wanted
+    artifact = open_model(model, reading=source.reading())
+    target = ENGINES[wanted].formats[0]
+    found = convert_with_proof(artifact, target, cache=Cache(), observer=observer)
+    if not found.passed:
+        reason = next(line for line in found.ledger if not line.passed).reason()
+        raise LimitError(f"as {FORMAT_NAMES[target]} it computes something else: {reason}")
+    return found.artifact.path, wanted
+
+
 def _document(
-    model: Path, engine: str, threads: int, cold: list[dict[str, int]], taken: Measurement
+    model: str,
+    path: Path,
+    *,
+    engine: str,
+    threads: int,
+    cold: list[dict[str, int]],
+    taken: Measurement,
 ) -> dict[str, Any]:
     return {
         "schema": "edgekit.bench/1",
         "model": str(model),
-        "sha256": file_sha256(model),
-        "size_bytes": model.stat().st_size,
+        "sha256": file_sha256(path),
+        "size_bytes": path.stat().st_size,
         "engine": engine,
         "engine_version": taken.engine_version,
         "threads": threads,

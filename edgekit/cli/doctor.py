@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -15,11 +13,18 @@ from rich.table import Table
 from edgekit import __version__, sandbox
 from edgekit.cli.console import TerminalObserver, print_json, stdout
 from edgekit.compress.quantize import QUANTIZERS
-from edgekit.convert import EDGES, SUFFIX, Edge, missing_extra, tool_versions
+from edgekit.convert import (
+    CLEAN_UP,
+    EDGES,
+    SUFFIX,
+    Edge,
+    install_line,
+    missing_extra,
+    tool_versions,
+)
 from edgekit.errors import EdgeKitError
 from edgekit.facts import probe_engine, this_machine
 from edgekit_runtime.engines import ENGINES, engine_version
-from edgekit_runtime.probe import ONNX_MODEL
 
 __all__ = ["doctor"]
 
@@ -35,7 +40,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     with TerminalObserver() as observer, ThreadPoolExecutor(max_workers=2) as pool:
         observer.phase("running one operator through each engine and converter")
         engines = list(pool.map(_engine, ENGINES))
-        converters = list(pool.map(_converter, EDGES))
+        converters = list(pool.map(_converter, (CLEAN_UP, *EDGES)))
     document = {
         "schema": "edgekit.doctor/1",
         "edgekit": __version__,
@@ -59,30 +64,30 @@ def _engine(name: str) -> dict[str, Any]:
 
 
 def _converter(edge: Edge) -> dict[str, Any]:
-    name = f"{edge.source} -> {edge.target} ({edge.distributions[0]})"
+    name = f"{edge.source} -> {edge.target} ({edge.tool})"
     missing = missing_extra(edge)
-    version = tool_versions(edge.distributions)[edge.distributions[0]]
-    fault = f"{missing} is not installed; pip install -e '.[{edge.extra}]'" if missing else ""
+    version = tool_versions(edge.distributions)[edge.tool]
+    fault = f"{missing} is not installed; {install_line(edge)}" if missing else ""
     if not fault:
         fault = _convert_one_operator(edge)
     return {"name": name, "version": version, "ok": not fault, "detail": fault}
 
 
 def _convert_one_operator(edge: Edge) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.onnx"
-        source.write_bytes(ONNX_MODEL)
-        target = Path(folder) / f"out{SUFFIX[edge.target]}"
-        try:
-            sandbox.call(
-                edge.function,
-                {"source": [str(source)], "target": str(target)},
-                limits=sandbox.Limits(timeout_s=120),
-                what="converting one operator",
-            )
-        except EdgeKitError as error:
-            return str(error)
-        return "" if target.exists() else "wrote nothing"
+    try:
+        sandbox.call(
+            "edgekit_converters.probes:convert_one_operator",
+            {
+                "source_format": edge.source,
+                "function": edge.function,
+                "name": f"out{SUFFIX[edge.target]}",
+            },
+            limits=sandbox.Limits(timeout_s=120),
+            what="converting one operator",
+        )
+    except EdgeKitError as error:
+        return str(error)
+    return ""
 
 
 def _quantizer(fmt: str) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def _warnings() -> list[str]:
 def _show(document: dict[str, Any]) -> None:
     table = Table(box=None)
     for column in ("", "version", "works", ""):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=not column and not table.columns)
     for kind in ("engines", "converters", "quantizers"):
         table.add_row(f"[bold]{kind}[/bold]")
         for row in document[kind]:

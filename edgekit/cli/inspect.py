@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from edgekit.artifact import FORMAT_NAMES, TensorSpec, format_files, open_model
-from edgekit.cache import file_sha256
+from edgekit.artifact import FORMAT_NAMES, SOURCES, TensorSpec, open_model
+from edgekit.cache import Cache, file_sha256
 from edgekit.cli.console import AnsweredError, print_json, size, stdout, times
 from edgekit.cli.inspect_fit import show_fit
-from edgekit.errors import ModelError, UsageError
+from edgekit.cli.source import SourceOptions
+from edgekit.device import DeviceProfile
+from edgekit.errors import UsageError
 from edgekit.fit import Fit, judge
+from edgekit.formats import detect
 from edgekit.graph import read_graph, with_batch_one
+from edgekit.inspection import engine_form, inspect_model
 from edgekit.profiles import load_profile
+from edgekit.reading import Reading
 from edgekit_runtime.bundle import Bundle, is_bundle
 
-__all__ = ["input_shapes", "inspect"]
+__all__ = ["inspect"]
 
 
 def inspect(
-    model: Path,
+    model: str,
     /,
     *,
     profile: Annotated[str | None, Parameter(name="--for")] = None,
-    inputs: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    source: SourceOptions | None = None,
     every: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Show what is in a bundle or a model. A bundle's every file is verified first.
+
+    Operators and multiply-accumulates of a Keras, PyTorch or scikit-learn model are those of the
+    ONNX model it becomes.
 
     With --for, every operator of a model is judged: where it runs on that device, or why not, and
     whether the model fits its memory. Exit code 1 if the device cannot run it.
@@ -40,29 +46,27 @@ def inspect(
     Parameters
     ----------
     model
-        A bundle (.edgekit) or a plain model (.onnx, .tflite, .xml).
+        A bundle (.edgekit) or a model of any format that edgekit convert reads.
     profile
         Judge the model for this device: a profile's id, or a .toml file.
-    inputs
-        Shapes of inputs with free dimensions: NAME=1x3x224x224. A free batch is 1 by itself.
+    source
+        How to read the model.
     every
-        Show every operator, not one line per type.
+        Show every operator, not one line per type; goes with --for.
     json
         One JSON object on stdout (schema edgekit.inspect/1), always with every operator.
     """
-    if not model.exists():
-        raise ModelError(f"no file {model}")
-    if profile is None and (inputs or every):
-        raise UsageError("--inputs and --every go with --for")
-    if is_bundle(model):
+    if profile is None and every:
+        raise UsageError("--every goes with --for")
+    if Path(model).is_file() and is_bundle(Path(model)):
         if profile is not None:
             raise UsageError(f"{model} is a bundle; --for judges models: give the model it is of")
-        document = _bundle(model)
-    elif profile is not None:
-        return _inspect_for(model, _fit(model, profile, inputs), every=every, json=json)
+        document = _bundle(Path(model))
     else:
-        artifact = open_model(model)
-        document = _model(model, artifact.format, artifact.inputs, artifact.outputs)
+        reading = (source or SourceOptions()).reading()
+        if profile is not None:
+            return _inspect_for(model, reading, profile, every=every, json=json)
+        document = inspect_model(open_model(model, reading=reading), Cache())
     if json:
         print_json(document)
     else:
@@ -70,70 +74,51 @@ def inspect(
     return None
 
 
-def _inspect_for(model: Path, fit: Fit, *, every: bool, json: bool) -> None:
+def _inspect_for(model: str, reading: Reading, profile: str, *, every: bool, json: bool) -> None:
     """The judgement; no engine loads the model for it, so it may be one that none here can."""
+    found = load_profile(profile)
+    on_disk = detect(model)
+    files, fmt = on_disk.files, on_disk.format
+    path = files[0]
+    if fmt in SOURCES:
+        path = engine_form(open_model(model, reading=reading), Cache()).path
+    fit = _fit(path, found, reading)
     if json:
         graph = fit.graph
         inputs, outputs = (
             [
-                TensorSpec(name, graph.tensors[name].dtype or "", graph.tensors[name].shape or ())
+                dataclasses.asdict(
+                    TensorSpec(
+                        name, graph.tensors[name].dtype or "", graph.tensors[name].shape or ()
+                    )
+                )
                 for name in names
             ]
             for names in (graph.inputs, graph.outputs)
         )
-        print_json({**_model(model, graph.format, inputs, outputs), "fit": fit.to_json()})
+        document = {
+            "schema": "edgekit.inspect/1", "kind": "model", "path": model, "format": fmt,
+            "sha256": file_sha256(*files), "size_bytes": sum(one.stat().st_size for one in files),
+            "inputs": inputs, "outputs": outputs, "fit": fit.to_json(),
+        }  # fmt: skip
+        print_json(document)
     else:
-        show_fit(fit, str(model), every=every)
+        show_fit(fit, model, every=every)
     if fit.hopeless:
         raise AnsweredError(f"{model} does not fit {fit.profile.id}: {fit.hopeless[0]}", 1)
 
 
-def _model(
-    path: Path, fmt: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
-) -> dict[str, Any]:
-    files = format_files(path, fmt)
-    return {
-        "schema": "edgekit.inspect/1",
-        "kind": "model",
-        "path": str(path),
-        "format": fmt,
-        "sha256": file_sha256(*files),
-        "size_bytes": sum(file.stat().st_size for file in files),
-        "inputs": [dataclasses.asdict(spec) for spec in inputs],
-        "outputs": [dataclasses.asdict(spec) for spec in outputs],
-    }
-
-
-def _fit(model: Path, profile: str, inputs: list[str] | None) -> Fit:
-    found = load_profile(profile)
-    shapes = input_shapes(inputs or [])
+def _fit(path: Path, profile: DeviceProfile, reading: Reading) -> Fit:
+    shapes = {}
+    for name, declared in reading.inputs.items():
+        if not all(isinstance(dim, int) for dim in declared.shape):
+            raise UsageError(f"--inputs {name}: --for judges one size; give numbers, no letters")
+        shapes[name] = tuple(int(dim) for dim in declared.shape)
     if not shapes:
-        free = read_graph(model)
+        free = read_graph(path)
         shapes = with_batch_one(free.tensors[name] for name in free.inputs)
-        return judge(read_graph(model, shapes=shapes) if shapes else free, found)
-    return judge(read_graph(model, shapes=shapes), found)
-
-
-def input_shapes(inputs: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes by input name from `NAME=1x3x224x224`; a type after a colon is not looked at.
-
-    Raises:
-        UsageError: not of that form, or an input given twice.
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for one in inputs:
-        name, equals, rest = one.rpartition("=")
-        dims = rest.partition(":")[0].lower().split("x")
-        if (
-            not equals
-            or not name
-            or not all(re.fullmatch(r"0*[1-9][0-9]{0,11}", dim) for dim in dims)
-        ):
-            raise UsageError(f"--inputs {one!r}; wanted NAME=1x3x224x224, numbers from 1 on")
-        if name in found:
-            raise UsageError(f"--inputs: {name!r} is given twice")
-        found[name] = tuple(int(dim) for dim in dims)
-    return found
+        return judge(read_graph(path, shapes=shapes) if shapes else free, profile)
+    return judge(read_graph(path, shapes=shapes), profile)
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -154,7 +139,10 @@ def _bundle(path: Path) -> dict[str, Any]:
 def _show(document: dict[str, Any]) -> None:
     head = f"[bold]{document['path']}[/bold]  {size(document['size_bytes'])}"
     if document["kind"] == "model":
-        stdout.print(f"{head}  {FORMAT_NAMES[document['format']]}  sha256 {document['sha256']}")
+        stdout.print(
+            f"{head}  {FORMAT_NAMES[document['format']]}  sha256 {document['sha256']}",
+            soft_wrap=True,
+        )
     else:
         stdout.print(
             f"{head}  bundle {document['bundle_id']}, made {document['created']} for "
@@ -166,6 +154,8 @@ def _show(document: dict[str, Any]) -> None:
         for spec in document[kind]:
             shape = ", ".join(map(str, spec["shape"]))
             stdout.print(f"{kind[:-1]:<7} {spec['name']}: {spec['dtype']} [{shape}]", markup=False)
+    if document["kind"] == "model":
+        _show_model(document)
     if document["kind"] == "bundle":
         _show_variants(document)
         for step in document["provenance"].get("steps", []):
@@ -173,6 +163,48 @@ def _show(document: dict[str, Any]) -> None:
             stdout.print(
                 f"step    {step.get('step')} {step.get('to', '')} with {tools}", markup=False
             )
+
+
+def _show_model(document: dict[str, Any]) -> None:
+    def line(text: str) -> None:
+        stdout.print(text, markup=False, soft_wrap=True)
+
+    for name, other in document["states"].items():
+        line(f"state   {other} seems meant to be fed back to {name}")
+    facts = dict(document["facts"])
+    for note in facts.pop("notes", []):
+        line(f"note: {note}")
+    layers = facts.pop("layers", {})
+    for name, value in facts.items():
+        if value not in (None, [], {}):
+            line(f"{name.replace('_', ' ')}: {value}")
+    if layers:
+        line("layers: " + ", ".join(f"{count} {kind}" for kind, count in layers.items()))
+    if document["graph_of"] is None:
+        line(f"no graph: {document['graph_missing']}")
+        return
+    if document["graph_of"] != document["format"]:
+        line(f"as {FORMAT_NAMES[document['graph_of']]}:")
+    macs = document["macs"]
+    line(
+        (f"opset {document['opset']}, " if document["opset"] else "")
+        + f"{document['parameters']:,} parameters in {size(document['weight_bytes'])}, "
+        + ("an unknown number of" if macs is None else f"{macs / 1e6:.4g} M")
+        + " multiply-accumulates"
+    )
+    types = document["dtypes"]
+    line(
+        "types: weights "
+        + ", ".join(f"{kind} {size(count)}" for kind, count in types["weights_bytes"].items())
+        + "; activations "
+        + ", ".join(f"{count} {kind}" for kind, count in types["activations"].items())
+    )
+    if document["free_dimensions"]:
+        line(f"free dimensions: {', '.join(document['free_dimensions'])}")
+    kinds = document["operators"]
+    line(f"{sum(kinds.values())} operators: " + ", ".join(f"{n} {k}" for k, n in kinds.items()))
+    if document["custom_operators"]:
+        line(f"not of the standard: {', '.join(document['custom_operators'])}")
 
 
 def _show_variants(document: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from edgekit.cli.console import (
     stdout,
     times,
 )
+from edgekit.cli.source import SourceOptions
 from edgekit.errors import UsageError
 from edgekit.observer import Diary
 from edgekit.optimize import optimize as run_optimize
@@ -32,12 +33,13 @@ __all__ = ["optimize"]
 
 
 def optimize(
-    model: Path,
+    model: str,
     /,
     *,
     for_: Annotated[str, Parameter(name="--for")],
     data: str,
     calibration: str | None = None,
+    source: SourceOptions | None = None,
     preprocess: Path | None = None,
     metric: str | None = None,
     max_drop: float = 0.01,
@@ -62,7 +64,7 @@ def optimize(
     Parameters
     ----------
     model
-        The trained model: .onnx, .tflite or OpenVINO .xml.
+        The trained model, of any format that edgekit convert reads.
     for_
         A device profile (see `edgekit devices list`), or a .toml file.
     data
@@ -70,6 +72,8 @@ def optimize(
         of files with labels.csv, or module.py:function yielding (inputs, label).
     calibration
         Samples for int8 calibration; taken from the data otherwise.
+    source
+        How to read the model.
     preprocess
         A .toml file with the steps from raw samples to the model's inputs, from its outputs to an
         answer, and its state: they go into the bundle (docs/how-to/preprocess.md).
@@ -99,9 +103,10 @@ def optimize(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; wanted at least 1")
     request = Request(
-        model, for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
+        Path(model), for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, minimize=minimize, target=on, budget_s=_seconds(budget),
         threads=threads, seed=seed, dry_run=dry_run,
+        reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
     with TerminalObserver() as observer:

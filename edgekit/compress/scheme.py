@@ -66,7 +66,9 @@ class Scheme:
 
 def schemes_for(fmt: str, rules: Quantization) -> tuple[Scheme, ...]:
     """What may be tried for a format, most promising first, made to fit the rules where the
-    format's quantizer can; `broken_rule` says of each whether it does."""
+    format's quantizer can; `broken_rule` says of each whether it does. Nothing quantizes ncnn."""
+    if fmt == "ncnn":
+        return (Scheme("fp32"),)
     options = _ACTIVATIONS.get(fmt, ("int8",))
     # The zero point of a symmetric uint8 tensor is 128, so symmetric prefers int8.
     preferred = sorted(options, key=lambda one: one != "int8") if rules.symmetric else options

@@ -64,9 +64,11 @@ def is_bundle(path: Union[str, Path]) -> bool:
         if not file.is_file():
             return False
         with file.open("rb") as opened:
-            return opened.read(4) == b"PK\x03\x04"
+            head = opened.read(64)
     except (OSError, ValueError):
         return False
+    # Other archives are models of frameworks; a bundle's first entry is its manifest.
+    return head.startswith(b"PK\x03\x04") and head[30:].startswith(MANIFEST.encode())
 
 
 class _Entry(NamedTuple):

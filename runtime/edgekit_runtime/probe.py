@@ -10,7 +10,7 @@ import numpy as np
 from .engines import Options, load_engine
 from .errors import EngineError, MissingToolError, one_line
 
-__all__ = ["ONNX_MODEL", "probe"]
+__all__ = ["ONNX_MODEL", "probe", "tflite_model"]
 
 # y = x @ x for float32 (2, 2), opset 13: `onnx.helper.make_model` with nothing optional set.
 ONNX_MODEL = base64.b64decode(
@@ -38,6 +38,11 @@ _NCNN = {
 }
 
 
+def tflite_model() -> bytes:
+    """A TFLite model of one operator."""
+    return zlib.decompress(base64.b64decode(_TFLITE))
+
+
 def probe(engine: str) -> str:
     """Compile and run one operator; returns the engine's version.
 
@@ -49,7 +54,7 @@ def probe(engine: str) -> str:
     x = np.array([[1.5, -2.0]], np.float32)
     wanted = x + x
     if engine == "litert":
-        files = {"probe.tflite": zlib.decompress(base64.b64decode(_TFLITE))}
+        files = {"probe.tflite": tflite_model()}
     elif engine == "ncnn":
         files = _NCNN
     else:

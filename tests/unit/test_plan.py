@@ -37,8 +37,9 @@ def built(plan: dict[str, Candidate]) -> set[str]:
 def test_reference_comes_first_and_every_engine_has_every_scheme() -> None:
     plan = planned("onnx", load_profile("generic-x86-64"))
     assert next(iter(plan)) == "onnxruntime-fp32"
-    assert len(plan) == 12
-    assert {c.engine for c in plan.values()} == {"onnxruntime", "openvino", "litert"}
+    assert len(plan) == 13
+    assert {c.engine for c in plan.values()} == {"onnxruntime", "openvino", "litert", "ncnn"}
+    assert [c.scheme.kind for c in plan.values() if c.engine == "ncnn"] == ["fp32"]
     # 7 bits where the engine's pair sums saturate; LiteRT's do not, so it keeps all 8.
     for one in plan.values():
         if one.scheme.kind == "int8-static":
@@ -147,14 +148,13 @@ def test_missing_extra_is_named(monkeypatch) -> None:
     assert all("pip install -e '.[tflite-convert]'" in (c.skip or "") for c in litert)
 
 
-def test_no_way_back_from_tflite_is_said() -> None:
-    plan = planned("tflite", profile())
+def test_no_way_back_from_ir_is_said() -> None:
+    plan = planned("openvino", profile())
     first = next(iter(plan.values()))
-    assert first.id == "litert-fp32"
+    assert first.id == "openvino-fp32"
     assert first.skip is None
-    assert all(
-        "no way from TFLite" in (c.skip or "") for c in plan.values() if "litert" not in c.id
-    )
+    others = [c for c in plan.values() if c.engine in ("onnxruntime", "litert")]
+    assert others and all("no way from OpenVINO IR" in (c.skip or "") for c in others)
 
 
 @pytest.mark.parametrize(

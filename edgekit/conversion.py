@@ -1,0 +1,359 @@
+"""Conversion with proof: every hop is run on the same inputs as the model it came from.
+
+The ways to a format are tried in order until one converts the model and computes the same; what
+the others failed at is kept in the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import sandbox
+from edgekit.artifact import FORMAT_NAMES, Artifact, TensorSpec
+from edgekit.cache import Cache, write_atomically
+from edgekit.convert import SUFFIX, Step, along, paths_for
+from edgekit.data import Dataset
+from edgekit.errors import EdgeKitError, InputError, MissingToolError, ModelError, UsageError
+from edgekit.execute import Sample
+from edgekit.noise import noise_sets
+from edgekit.observer import Observer
+from edgekit.parity import (
+    Comparison,
+    Tolerance,
+    Trial,
+    compare,
+    explain,
+    tolerance_between,
+)
+
+__all__ = [
+    "Attempt", "Conversion", "Given", "check", "convert_with_proof", "default_name", "write_result",
+]  # fmt: skip
+
+#: samples that go through every hop, noise or the user's
+SAMPLES = 4
+_DATA_SAMPLES = 16
+
+Chain = list[tuple[Artifact, dict[str, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Inputs to check with, what to call them, and what a live model made of them, if there is
+    one."""
+
+    text: str
+    samples: Sequence[Sample]
+    outputs: Sequence[Mapping[str, NDArray[Any]]] | None = None
+
+    @classmethod
+    def of(cls, data: Dataset | None, specs: tuple[TensorSpec, ...]) -> Given | None:
+        """Samples from all over the data."""
+        if data is None:
+            return None
+        picked = np.linspace(0, data.count - 1, min(data.count, _DATA_SAMPLES)).astype(int)
+        samples = [data.sample(int(index), specs) for index in dict.fromkeys(picked.tolist())]
+        return cls(f"{len(samples)} samples of {data.source}", samples)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way that did not work, and why."""
+
+    steps: tuple[Step, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result, the way that was taken, and the ledger: a line for each hop, then one from end to
+    end where there were several. `inputs` says what went through."""
+
+    artifact: Artifact
+    steps: tuple[Step, ...]
+    ledger: tuple[Comparison, ...]
+    inputs: str
+    attempts: tuple[Attempt, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the result computes the same at every hop."""
+        return all(line.passed for line in self.ledger)
+
+    def ledger_json(self) -> dict[str, Any]:
+        """The ledger for provenance and `--json`."""
+        return {
+            "passed": self.passed,
+            "inputs": self.inputs,
+            "lines": [line.to_json() for line in self.ledger],
+            "attempts": [
+                {"path": [str(step) for step in one.steps], "reason": one.reason}
+                for one in self.attempts
+            ],
+        }
+
+
+def convert_with_proof(
+    artifact: Artifact,
+    target: str,
+    *,
+    cache: Cache,
+    given: Given | None = None,
+    limits: sandbox.Limits | None = None,
+    observer: Observer | None = None,
+    seed: int = 0,
+) -> Conversion:
+    """The artifact in another format, checked at every hop against the model as it came: on what
+    is `given`, or on seeded noise.
+
+    If no way gives a model that computes the same, the first that gave one is returned, with
+    `passed` false.
+
+    Raises:
+        UsageError: an option cannot be obeyed, or the model cannot be run on made-up inputs.
+        EdgeKitError: no way leads to the format; the reason of the first, the others' after it.
+    """
+    observer = observer or Observer()
+    ways = paths_for(artifact.format, target, artifact.reading)
+    attempts: list[Attempt] = []
+    errors: list[EdgeKitError] = []
+    wrong: Conversion | None = None
+    for steps in ways:
+        try:
+            chain = _chain(artifact, steps, cache, limits, observer)
+            observer.phase("check that it computes the same")
+            found = _proof(chain, steps, given, limits, seed)
+        except EdgeKitError as error:
+            if isinstance(error, UsageError) and not isinstance(error, ModelError):
+                raise  # another way would meet it, too
+            errors.append(error)
+            attempts.append(Attempt(steps, str(error)))
+            observer.note(f"{_path(steps)} does not work: {error}")
+            continue
+        if found.passed:
+            return replace(found, attempts=tuple(attempts))
+        wrong = wrong or found
+        reason = next(line.reason() for line in found.ledger if not line.passed)
+        attempts.append(Attempt(steps, reason))
+        observer.note(f"{_path(steps)} gives other numbers: {reason}")
+    if wrong is not None:
+        return replace(wrong, attempts=tuple(attempts))
+    raise _none_works(errors)
+
+
+def _path(steps: Sequence[Step]) -> str:
+    return ", ".join(map(str, steps))
+
+
+def _none_works(errors: list[EdgeKitError]) -> EdgeKitError:
+    first = next((one for one in errors if not isinstance(one, MissingToolError)), errors[0])
+    others = [str(one) for one in errors if one is not first]
+    text = str(first) + "".join(f"; also tried: {one}" for one in dict.fromkeys(others))
+    return type(first)(text)
+
+
+def _chain(
+    artifact: Artifact,
+    steps: Sequence[Step],
+    cache: Cache,
+    limits: sandbox.Limits | None,
+    observer: Observer,
+) -> Chain:
+    """The source and what each step made of it, with the orders of axes the step changed."""
+    chain: Chain = [(artifact, {})]
+    for number, step in enumerate(steps, start=1):
+        phase = f"[{number}/{len(steps)}]"
+        observer.phase(f"{phase} {step}")
+        made = along(
+            step, chain[-1][0], cache=cache, limits=limits, phase=phase,
+            progress=partial(observer.progress, str(step)),
+        )  # fmt: skip
+        layouts = made.provenance[-1].get("layouts", {})
+        chain.append((made, {name: tuple(axes) for name, axes in layouts.items()}))
+        for note in made.provenance[-1].get("notes", ()):
+            observer.note(note)
+    return chain
+
+
+def _proof(
+    chain: Chain,
+    steps: tuple[Step, ...],
+    given: Given | None,
+    limits: sandbox.Limits | None,
+    seed: int,
+) -> Conversion:
+    source, result = chain[0][0], chain[-1][0]
+    inputs, trial = _first_trial(chain, given, limits, seed)
+    shapes = {name: list(array.shape) for name, array in trial.samples[0].items()}
+    usual = tolerance_between(*(artifact for artifact, _ in chain), shapes=shapes)
+    ledger: list[Comparison] = []
+    if given is not None and given.outputs is not None:
+        live = replace(source, called="the live model")
+        ledger.append(compare(Trial(live, given.samples, given.outputs), trial, usual))
+    here = trial
+    for artifact, transposes in chain[1:]:
+        there = here.repeated(artifact, transposes, limits)
+        between = tolerance_between(here.artifact, artifact, shapes=shapes)
+        line = compare(here, there, between if "assumed" not in between.why else usual)
+        ledger.append(line if line.passed else explain(line, here, there, limits))
+        here = there
+    if len(chain) > 2:
+        added = sum(line.tolerance.relative for line in ledger)
+        ledger.append(compare(trial, here, Tolerance(added, "the sum over the hops")))
+    found = Conversion(result, steps, tuple(ledger), inputs)
+    proof = {"step": "parity", "of": source.sha256, **found.ledger_json()}
+    return replace(found, artifact=replace(result, provenance=(*result.provenance, proof)))
+
+
+def check(
+    reference: Artifact,
+    candidate: Artifact,
+    *,
+    given: Given | None = None,
+    limits: sandbox.Limits | None = None,
+    seed: int = 0,
+) -> tuple[str, Comparison]:
+    """Two models on the same inputs: what these were, and the line of the ledger.
+
+    Raises:
+        UsageError: the reference cannot be run on made-up inputs.
+        EdgeKitError: the models take other inputs, or one cannot be run.
+    """
+    inputs, trial = _first_trial([(reference, {}), (candidate, {})], given, limits, seed)
+    there = trial.repeated(candidate, None, limits)
+    shapes = {name: list(array.shape) for name, array in trial.samples[0].items()}
+    line = compare(trial, there, tolerance_between(reference, candidate, shapes=shapes))
+    return inputs, line if line.passed else explain(line, trial, there, limits)
+
+
+def _first_trial(
+    chain: Chain, given: Given | None, limits: sandbox.Limits | None, seed: int
+) -> tuple[str, Trial]:
+    """The source on what is given, or on the first noise that it takes and that tells inputs
+    apart: outputs that are the same for all of it prove little."""
+    source = chain[0][0]
+    if given is not None:
+        return given.text, Trial.of(source, given.samples, limits)
+    specs = _common_specs(chain)
+    sizes = {
+        dim: size
+        for spec in specs
+        for declared in [source.reading.inputs.get(spec.name)]
+        if declared is not None
+        for dim, size in zip(spec.shape, declared.shape, strict=False)
+        if isinstance(dim, str) and isinstance(size, int)
+    }
+    reason: EdgeKitError | None = None
+    dull: tuple[str, Trial] | None = None
+    for text, noise in noise_sets(specs, sizes, count=SAMPLES, seed=seed):
+        try:
+            trial = Trial.of(source, noise, limits)
+        except EdgeKitError as error:
+            reason = reason or error
+            if dull is not None:
+                break
+            continue
+        inputs = f"{len(noise)} samples of {text} (seed {seed})"
+        if trial.varies():
+            return inputs, trial
+        dull = dull or (f"{inputs}; all give the same outputs, so give real ones: --data", trial)
+    if dull is not None:
+        return dull
+    raise InputError(
+        f"{source.name} cannot be run on made-up inputs ({reason}); give real ones with --data, "
+        "or its shapes with --inputs"
+    )
+
+
+def _common_specs(chain: Chain) -> tuple[TensorSpec, ...]:
+    """The source's inputs, free dimensions fixed where a later model fixes them."""
+    specs = chain[0][0].inputs
+    fixed: dict[int | str, int] = {}
+    axes = [tuple(range(len(spec.shape))) for spec in specs]
+    for artifact, transposes in chain[1:]:
+        by_name = {spec.name: spec for spec in artifact.inputs}
+        for place, spec in enumerate(specs):
+            other = by_name.get(spec.name)
+            if other is None and len(artifact.inputs) == len(specs):
+                other = artifact.inputs[place]
+            if other is None or len(other.shape) != len(spec.shape):
+                continue
+            if spec.name in transposes:
+                axes[place] = tuple(axes[place][axis] for axis in transposes[spec.name])
+            for ours, dim in zip(axes[place], other.shape, strict=True):
+                if isinstance(spec.shape[ours], str) and isinstance(dim, int):
+                    fixed[spec.shape[ours]] = dim
+    return tuple(
+        replace(spec, shape=tuple(fixed.get(dim, dim) for dim in spec.shape)) for spec in specs
+    )
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def default_name(artifact: Artifact, target: str) -> str:
+    """The file name of the result: the model's own with the format's suffix."""
+    stem = artifact.path.parent.name if artifact.format == "savedmodel" else artifact.path.stem
+    name = f"{stem}{SUFFIX[target]}"
+    taken = Path(name).resolve() in {path.resolve() for path in artifact.files}
+    return f"{stem}-clean{SUFFIX[target]}" if taken else name
+
+
+def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> list[Path]:
+    """Write the model (if it computes the same, or `keep`) and, beside it, its provenance with the
+    ledger; returns the files written. The model's main file comes last: if it is there, all is.
+
+    Raises:
+        UsageError: the suffix is not the format's, or the folder is not there.
+    """
+    made = conversion.artifact
+    suffix = SUFFIX[made.format]
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"-o {path} does not end in {suffix}, as {FORMAT_NAMES[made.format]} does")
+    if not path.parent.is_dir():
+        raise UsageError(f"no folder {path.parent} to write {path.name} into")
+    written = _place(made, path) if conversion.passed or keep else []
+    note = path.with_suffix(".provenance.json")
+    document = {
+        "schema": "edgekit.provenance/1", "model": path.name, "sha256": made.sha256,
+        "steps": list(made.provenance),
+    }  # fmt: skip
+    write_atomically(note, json.dumps(document, indent=1).encode())
+    return [*written, note]
+
+
+def _place(made: Artifact, path: Path) -> list[Path]:
+    """Its files at `path`: all written whole under another name first, the main one in place last,
+    so that if it is there, all is."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
+        copies = [
+            Path(work) / (path.stem + f.name.removeprefix(made.path.stem)) for f in made.files
+        ]
+        if made.format == "onnx" and len(made.files) > 1:  # it says where its weights are by name
+            sandbox.call(
+                "edgekit_converters.onnx_files:copy_model",
+                {"source": str(made.path), "target": str(copies[0])}, what=f"writing {path}",
+            )  # fmt: skip
+            copies = sorted(Path(work).iterdir(), key=lambda one: one.name != path.name)
+        else:
+            for source, copy in zip(made.files, copies, strict=True):
+                shutil.copyfile(source, copy)
+        for copy in copies:
+            copy.chmod(0o644)
+            with copy.open("rb+") as file:
+                os.fsync(file.fileno())
+        for copy in reversed(copies):
+            copy.replace(path.with_name(copy.name))
+    return [path.with_name(copy.name) for copy in copies]
