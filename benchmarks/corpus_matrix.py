@@ -144,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     cells: list[Cell] = []
     for model in chosen:
-        targets = tuple(one for one in model.targets if not asked.to or one in asked.to)
+        every = model.small if asked.small else model.targets
+        targets = [one for one in every if not asked.to or one in asked.to]
         cells += cells_of(model, targets, asked.work, rows)
     if cells:
         print(table(cells), flush=True)

@@ -391,7 +391,7 @@ def _crafted_pt2(good: Contents, bomb: bytes, canary: Path) -> Iterator[Contents
         (r'("guards_code": )\[[^]]*\]', rf'\g<1>["{code}"]'),
         (r'("target": )"torch.ops.aten.linear.default"', r'\g<1>"torch.os.mkdir"'),
         (r'"(?:x|input)"', f'"x={code}"'),
-        (r'("stack_trace": )"[^"]*"', rf'\g<1>"{code}"'),
+        (r'("stack_trace": )"(?:[^"\\]|\\.)*"', rf'\g<1>"{code}"'),
     ]
     for pattern, new in changes:
         if re.search(pattern, text):

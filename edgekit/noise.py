@@ -14,10 +14,11 @@ __all__ = ["noise_sets"]
 
 #: What is tried, in this order, until the model takes it: the size of free dimensions (64 and 224
 #: for images, 16 and 1 for sequences), the greatest integer (100: tokens; 1: flags, indices of
-#: small tables) and the scale of floats (small where outputs saturate, 100 where pixels go in).
+#: small tables) and the scale of floats (other than 1 where outputs saturate, or hang on the last
+#: bit of the inputs; 100 where pixels go in).
 _TRIES = (
     (64, 100, 1.0), (224, 100, 1.0), (16, 100, 1.0), (64, 1, 1.0), (16, 1, 1.0), (1, 100, 1.0),
-    (1, 1, 1.0), (64, 1, 0.1), (64, 1, 100.0), (16, 1, 0.1), (16, 1, 100.0),
+    (1, 1, 1.0), (64, 1, 0.5), (64, 1, 0.1), (64, 1, 100.0), (16, 1, 0.1), (16, 1, 100.0),
 )  # fmt: skip
 _WORDS = [
     "edge",
@@ -46,9 +47,9 @@ def noise_sets(
 ) -> Iterator[tuple[str, list[dict[str, NDArray[Any]]]]]:
     """Sets of `count` samples, each with what to call it, until one is taken.
 
-    Floats are uniform in 0..1 and normal by turns, or uniform in the range that the spec states;
-    a free first dimension is 1, and 2 in the third sample. `sizes` are those of free dimensions
-    by name.
+    Floats are uniform in 0..1 and normal by turns (scaled: normal, above 1 uniform), or uniform in
+    the range that the spec states; a free first dimension is 1, and 2 in the third sample. `sizes`
+    are those of free dimensions by name.
     """
     batches = {spec.shape[0] for spec in specs if spec.shape} - set(sizes)
     free = any(
@@ -98,6 +99,7 @@ def _array(
         limits = (int(low), int(high)) if spec.range else (0, min(most, np.iinfo(dtype).max))
         return rng.integers(limits[0], limits[1] + 1, shape).astype(dtype)
     if spec.range is None:
-        made = rng.normal(size=shape) if number % 2 else rng.uniform(size=shape)
+        even = scale > 1 or (scale == 1 and number % 2 == 0)
+        made = rng.uniform(size=shape) if even else rng.normal(size=shape)
         return np.asarray(made * scale).astype(dtype)
     return np.asarray(rng.uniform(low, high, shape)).astype(dtype)

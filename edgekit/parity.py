@@ -23,20 +23,19 @@ from edgekit.execute import Sample, run_samples
 from edgekit.graph import Graph, read_graph
 from edgekit.sandbox import Limits
 from edgekit.taps import TAPPERS, taps_of
+from edgekit.trial import Trial, output_names
 
 __all__ = [
-    "Comparison", "OutputParity", "Tolerance", "Transposes", "Trial", "compare", "explain",
-    "tolerance_between",
+    "LAMBDA",
+    "Comparison", "OutputParity", "Tolerance", "compare", "explain", "tolerance_between",
 ]  # fmt: skip
 
-#: input name -> the order of axes that turns an array for the reference into one for the candidate
-Transposes = Mapping[str, Sequence[int]]
-
-#: The error of a sum of n rounded terms stays below lambda sqrt(n) u with a probability of
-#: 1 - 2 exp(-lambda^2 / 2), u being the unit roundoff: N. J. Higham, T. Mary, "A New Approach to
-#: Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019). Two models are compared,
-#: each with its own errors, and activations with a slope above 1 amplify: 16 leaves room for both.
-_LAMBDA = 16.0
+#: The factor of both limits. The error of a sum of n rounded terms stays below lambda sqrt(n) u
+#: with a probability of 1 - 2 exp(-lambda^2 / 2), u being the unit roundoff: N. J. Higham, T. Mary,
+#: "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019). Two
+#: models are compared, each with its own errors, and activations with a slope above 1 amplify: 16
+#: leaves room for both.
+LAMBDA = 16.0
 _UNIT_ROUNDOFF = {
     "float64": 2.0**-53,
     "float32": 2.0**-24,
@@ -48,6 +47,8 @@ _UNIT_ROUNDOFF_INT8 = 2.0**-9
 _LAMBDA_INT8 = 4.0
 #: roundings in a model that cannot be looked into: those of a network like ResNet-50
 _USUAL_ROUNDINGS = 100_000
+#: of an output's greatest value: a model may be off by more and still be right, but not proven so
+_MOST_ALLOWED = 0.05
 #: tensors of the same name, below which values are compared instead
 _LEAST_COMMON = 3
 _NO_NAMES = "where they part is not known: the two name their tensors differently"
@@ -59,6 +60,7 @@ class Tolerance:
 
     relative: float
     why: str
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,17 @@ class OutputParity:
     """One output of both models over all samples.
 
     `max_abs` is the greatest difference, `max_relative` that over the reference's greatest
-    absolute value; `sqnr_db` the signal to noise ratio (None: no difference); `top1` the share of
-    rows whose greatest value is at the same place (None: nothing to choose among).
+    absolute value, `allowed` its limit; `sensitivity` is the reference's (see `Trial`); `sqnr_db`
+    the signal to noise ratio (None: no difference); `top1` the share of rows whose greatest value
+    is at the same place (None: nothing to choose among).
     """
 
     name: str
     shape: tuple[int, ...]
     max_abs: float
     max_relative: float
+    allowed: float
+    sensitivity: float
     cosine: float | None
     sqnr_db: float | None
     top1: float | None
@@ -115,67 +120,26 @@ class Comparison:
         text = f"{worst.name} is off by {worst.max_relative:.2g} of its greatest value"
         if worst.alarms:
             text = f"{worst.name}: {'; '.join(worst.alarms)}"
-        text += f" (allowed {self.tolerance.relative:.2g})"
+        text += f" (allowed {worst.allowed:.2g})"
         if self.divergence is not None:
             text += f"; the first tensor that differs is {self.divergence.tensor!r}"
             text += f" of {self.divergence.node}"
         return text
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A model with the inputs it was given and what it made of them, sample by sample."""
-
-    artifact: Artifact
-    samples: Sequence[Sample]
-    outputs: Sequence[Mapping[str, NDArray[Any]]]
-
-    @classmethod
-    def of(
-        cls, artifact: Artifact, samples: Sequence[Sample], limits: Limits | None = None
-    ) -> Trial:
-        """Run it.
-
-        Raises:
-            EdgeKitError: it cannot be run on these inputs.
-        """
-        return cls(artifact, samples, run_samples(artifact, samples, limits=limits))
-
-    def varies(self) -> bool:
-        """Whether some output tells the samples apart."""
-        first, *rest = self.outputs
-        return not rest or any(
-            one.shape != array.shape or not np.allclose(
-                one.astype(np.float64), array.astype(np.float64), rtol=1e-4, atol=0, equal_nan=True
-            )
-            if array.dtype.kind in "fiub" else not np.array_equal(one, array)
-            for name, array in first.items()
-            for one in (other[name] for other in rest)
-        )  # fmt: skip
-
-    def repeated(
-        self, other: Artifact, transposes: Transposes | None = None, limits: Limits | None = None
-    ) -> Trial:
-        """Another model on the same inputs, under its own names and axes.
-
-        Raises:
-            EdgeKitError: it takes other inputs, or cannot be run on these.
-        """
-        turned = _for_candidate(self.artifact, other, self.samples, transposes or {})
-        return Trial.of(other, turned, limits)
-
-
 def compare(reference: Trial, candidate: Trial, tolerance: Tolerance) -> Comparison:
-    """The line of the ledger for two models that ran on the same inputs.
+    """The line of the ledger for two models that ran on the same inputs. An output to which the
+    reference is sensitive may be off by more than the tolerance: by what that explains.
 
     Raises:
         EdgeKitError: they have not equally many outputs.
     """
-    names = _output_names(reference.artifact, candidate.artifact)
+    names = output_names(reference.artifact, candidate.artifact)
     rows = tuple(
         _output(
             theirs, [one[ours] for one in reference.outputs],
             [one[theirs] for one in candidate.outputs], tolerance,
+            reference.sensitivity.get(ours, 0.0),
         )
         for ours, theirs in names.items()
     )  # fmt: skip
@@ -189,11 +153,12 @@ def explain(
 ) -> Comparison:
     """The line with the first tensor that differs, or with why that is not known."""
     one, samples = reference.artifact, reference.samples
-    names = _output_names(one, candidate.artifact)
+    names = output_names(one, candidate.artifact)
     try:
         again = run_samples(one, samples[:1], limits=limits)[0]
         first = reference.outputs[0]
-        if any(not _same(again[name], first[name], line.tolerance) for name in names):
+        allowed = max(line.tolerance.relative, *(one.allowed for one in line.outputs))
+        if any(not _same(again[name], first[name], allowed) for name in names):
             note = "the reference itself gives other outputs each time (random operators?)"
             return replace(line, note=note)
         where = _first_difference(line, reference, candidate, limits)
@@ -227,12 +192,14 @@ def tolerance_between(
     if quantized:
         limit = _LAMBDA_INT8 * math.sqrt(quantized) * _UNIT_ROUNDOFF_INT8
         return Tolerance(
-            limit, f"{_LAMBDA_INT8:g} sqrt({quantized} quantizing operators) half a step of 8 bits"
+            limit,
+            f"{_LAMBDA_INT8:g} sqrt({quantized} quantizing operators) half a step of 8 bits",
+            quantized=True,
         )
     assumed = "" if roundings else " (assumed)"
     count = roundings or _USUAL_ROUNDINGS
-    limit = _LAMBDA * math.sqrt(count) * _UNIT_ROUNDOFF[dtype]
-    return Tolerance(limit, f"{dtype}: {_LAMBDA:g} sqrt({count} roundings{assumed}) u")
+    limit = LAMBDA * math.sqrt(count) * _UNIT_ROUNDOFF[dtype]
+    return Tolerance(limit, f"{dtype}: {LAMBDA:g} sqrt({count} roundings{assumed}) u")
 
 
 def _graph(artifact: Artifact, shapes: Mapping[str, Sequence[int]]) -> Graph | None:
@@ -277,75 +244,29 @@ def _requantizing(graph: Graph) -> int:
 # --- outputs ------------------------------------------------------------------------------------
 
 
-def _output_names(reference: Artifact, candidate: Artifact) -> dict[str, str]:
-    """The candidate's name of each output: the same, or the one at the same place.
-
-    Raises:
-        EdgeKitError: they have not equally many.
-    """
-    ours = [spec.name for spec in reference.outputs]
-    theirs = [spec.name for spec in candidate.outputs]
-    if len(ours) != len(theirs):
-        raise EdgeKitError(
-            f"{reference.name} has {len(ours)} outputs ({', '.join(ours)}), {candidate.name} "
-            f"{len(theirs)} ({', '.join(theirs)})"
-        )
-    if set(ours) == set(theirs):
-        return {name: name for name in ours}
-    return dict(zip(ours, theirs, strict=True))
-
-
-def _for_candidate(
-    reference: Artifact, candidate: Artifact, samples: Sequence[Sample], transposes: Transposes
-) -> list[dict[str, NDArray[Any]]]:
-    """The samples under the candidate's names, axes and, for integers, types."""
-    ours = [spec.name for spec in reference.inputs]
-    theirs = [spec.name for spec in candidate.inputs]
-    if len(ours) != len(theirs):
-        raise EdgeKitError(
-            f"{reference.name} has {len(ours)} inputs ({', '.join(ours)}), {candidate.name} "
-            f"{len(theirs)} ({', '.join(theirs)})"
-        )
-    names = (
-        {n: n for n in ours} if set(ours) == set(theirs) else dict(zip(ours, theirs, strict=True))
-    )
-    dtypes = {spec.name: spec.dtype for spec in candidate.inputs}
-    ranks = {spec.name: len(spec.shape) for spec in candidate.inputs}
-    for spec in reference.inputs:
-        if len(spec.shape) != ranks[names[spec.name]]:
-            theirs_are = "; ".join(map(str, candidate.inputs))
-            raise EdgeKitError(
-                f"{candidate.name} takes other inputs ({theirs_are}) than {reference.name} ({spec})"
-            )
-    turned = []
-    for sample in samples:
-        one = {}
-        for name, array in sample.items():
-            axes = transposes.get(name)
-            placed = array if axes is None else np.ascontiguousarray(array.transpose(axes))
-            wanted = dtypes[names[name]]
-            if wanted != "string" and placed.dtype.kind in "iub":  # int64 may have become int32
-                placed = placed.astype(wanted)
-            one[names[name]] = placed
-        turned.append(one)
-    return turned
-
-
 def _output(
     name: str,
     expected: Sequence[NDArray[Any]],
     found: Sequence[NDArray[Any]],
     tolerance: Tolerance,
+    sensitivity: float,
 ) -> OutputParity:
     pairs = list(zip(expected, found, strict=True))
     alarms = _alarms(pairs)
     shape = tuple(expected[0].shape)
+    limit = max(tolerance.relative, LAMBDA * sensitivity)
+    if LAMBDA * sensitivity > _MOST_ALLOWED:
+        moved = f"{sensitivity:.2g} of its greatest value"
+        alarms = (*alarms, f"these inputs prove nothing: one rounding of them moves it by {moved}")
+    row = OutputParity(
+        name, shape, math.inf, math.inf, limit, sensitivity, None, None, None, alarms, False
+    )
     if any(one.shape != other.shape for one, other in pairs):
-        return OutputParity(name, shape, math.inf, math.inf, None, None, None, alarms, False)
+        return row
     if expected[0].dtype.kind not in "fiub":
         same = all(np.array_equal(one.astype(str), other.astype(str)) for one, other in pairs)
         off = 0.0 if same else math.inf
-        return OutputParity(name, shape, off, off, None, None, None, alarms, same and not alarms)
+        return replace(row, max_abs=off, max_relative=off, allowed=0.0, passed=same and not alarms)
     one = np.concatenate([array.ravel() for array, _ in pairs]).astype(np.float64)
     other = np.concatenate([array.ravel() for _, array in pairs]).astype(np.float64)
     sound = np.isfinite(one) & np.isfinite(other)
@@ -354,14 +275,18 @@ def _output(
     scale = float(np.max(np.abs(one), initial=0.0)) or 1.0
     noise, signal = float(np.sum((one - other) ** 2)), float(np.sum(one**2))
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
-    exact = expected[0].dtype.kind in "iub" and found[0].dtype.kind in "iub"
-    limit = 0.0 if exact else tolerance.relative * scale
-    return OutputParity(
-        name, shape, error, error / scale,
-        float(one @ other) / norms if norms else (1.0 if not noise else 0.0),
-        10 * math.log10(signal / noise) if noise and signal else None,
-        _top1(pairs), alarms, error <= limit and not alarms,
-    )  # fmt: skip
+    if expected[0].dtype.kind in "iub" and not tolerance.quantized:  # counts, labels, places
+        limit = 0.0
+    return replace(
+        row,
+        max_abs=error,
+        max_relative=error / scale,
+        allowed=limit,
+        cosine=float(one @ other) / norms if norms else (1.0 if not noise else 0.0),
+        sqnr_db=10 * math.log10(signal / noise) if noise and signal else None,
+        top1=_top1(pairs),
+        passed=error <= limit * scale and not alarms,
+    )
 
 
 def _alarms(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[str, ...]:
@@ -392,14 +317,14 @@ def _top1(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> float | None:
     return float(np.mean(np.concatenate([one.ravel() for one in equal])))
 
 
-def _same(one: NDArray[Any], other: NDArray[Any], tolerance: Tolerance) -> bool:
+def _same(one: NDArray[Any], other: NDArray[Any], allowed: float) -> bool:
     if one.dtype.kind not in "fiub":
         return bool(np.array_equal(one, other))
-    return error_between(one, other) <= tolerance.relative
+    return error_between(one, other) <= allowed
 
 
 def _worst_sample(reference: Trial, candidate: Trial) -> int:
-    names = _output_names(reference.artifact, candidate.artifact)
+    names = output_names(reference.artifact, candidate.artifact)
     errors = []
     for one, other in zip(reference.outputs, candidate.outputs, strict=True):
         numeric = [(a, b) for a, b in names.items() if one[a].dtype.kind in "fiub"]
@@ -424,7 +349,7 @@ def _first_difference(
             return f"where they part is not known: one cannot look into {artifact.name}"
     common = matched(ours_taps, theirs_taps)
     output = next(
-        ours for ours, theirs in _output_names(one, other).items() if theirs == line.worst.name
+        ours for ours, theirs in output_names(one, other).items() if theirs == line.worst.name
     )
     if any(tap.name == output for tap in ours_taps):
         common[output] = line.worst.name
@@ -433,7 +358,7 @@ def _first_difference(
         theirs = [tap.name for tap in theirs_taps if tap.comparable]
         where = search_by_value(
             ours_taps, output, _tapped(one, sample, mine, limits),
-            _tapped(other, turned, theirs, limits), line.tolerance.relative,
+            _tapped(other, turned, theirs, limits), line.worst.allowed,
         )  # fmt: skip
         return where or _NO_NAMES
 
@@ -444,7 +369,7 @@ def _first_difference(
             values = mine.result()
         return {name: (values[name], theirs[common[name]]) for name in wanted}
 
-    where = search(ours_taps, common, output, values_of, line.tolerance.relative)
+    where = search(ours_taps, common, output, values_of, line.worst.allowed)
     return where or _NO_NAMES
 
 

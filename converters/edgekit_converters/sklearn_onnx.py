@@ -51,7 +51,8 @@ def converted(model: Any, made: Interface, opset: int | None) -> tuple[bytes, di
         raise UsageError(f"opset {opset}: skl2onnx writes 9 to {most}")
     ready = copy.deepcopy(model)
     options = _prepare(ready, made)
-    proto = _convert(ready, made, options, opset or min(_OPSET, most))
+    wanted = opset or min(_OPSET, most)
+    proto = _convert(ready, made, options, wanted)
     sublinear = {
         one.sublinear_tf for one in estimators_in(ready) if type(one).__name__ == "TfidfTransformer"
     }
@@ -59,14 +60,33 @@ def converted(model: Any, made: Interface, opset: int | None) -> tuple[bytes, di
         raise ModelError("sublinear_tf=True and False in one model: fit all with the same")
     if sublinear == {True}:
         _sublinear(proto)
-    _finish(proto, model, made)
-    _compare(proto, model, made)
+    proto = _of_opset(proto, model, made, wanted)
     domains = sorted({node.domain for node in proto.graph.node if node.domain})
     return proto.SerializeToString(), {
         "opset": next(one.version for one in proto.opset_import if not one.domain),
         "domains": domains,
         "notes": list(_notes(model, made, domains)),
     }
+
+
+def _of_opset(proto: Any, model: Any, made: Interface, wanted: int) -> Any:
+    """Finished and compared, as the opset it was written for: skl2onnx states the oldest that has
+    all its operators, where others of the same name may mean something else. Those are found by
+    comparing."""
+    found = next(one for one in proto.opset_import if not one.domain)
+    if found.version < wanted:
+        raised = copy.deepcopy(proto)
+        next(one for one in raised.opset_import if not one.domain).version = wanted
+        try:
+            _finish(raised, model, made)
+            _compare(raised, model, made)
+        except ModelError:
+            pass  # as it was stated, then; facts say which
+        else:
+            return raised
+    _finish(proto, model, made)
+    _compare(proto, model, made)
+    return proto
 
 
 def _notes(model: Any, made: Interface, domains: list[str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from edgekit.cli.console import stdout
 from edgekit.divergence import Divergence
-from edgekit.parity import Comparison
+from edgekit.parity import LAMBDA, Comparison
 
 __all__ = ["show_ledger"]
 
@@ -24,6 +24,13 @@ def show_ledger(lines: Sequence[Comparison], titles: Sequence[str], inputs: str)
     stdout.print(f"inputs: {inputs}", markup=False, soft_wrap=True)
     for why in dict.fromkeys(line.tolerance.why for line in lines):
         stdout.print(f"allowed: {why}", markup=False, soft_wrap=True)
+    for name, moved in {o.name: o.sensitivity for one in lines for o in one.outputs}.items():
+        if any(o.allowed > one.tolerance.relative for one in lines for o in one.outputs
+               if o.name == name):  # fmt: skip
+            stdout.print(
+                f"allowed for {name}: {LAMBDA:g} times the {moved:.1e} by which one rounding of "
+                "the inputs moves it", markup=False, soft_wrap=True,
+            )  # fmt: skip
     for line, title in zip(lines, titles, strict=True):
         _show_fault(line, title)
 
@@ -37,7 +44,7 @@ def _table(line: Comparison) -> Table:
     for one in line.outputs:
         table.add_row(
             escape(one.name), _figure(one.max_abs), _figure(one.max_relative),
-            _figure(line.tolerance.relative),
+            _figure(one.allowed),
             "-" if one.cosine is None else f"{one.cosine:.6f}",
             "-" if one.sqnr_db is None else f"{one.sqnr_db:.0f} dB",
             "-" if one.top1 is None else f"{100 * one.top1:.1f} %",

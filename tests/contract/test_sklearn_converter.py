@@ -429,8 +429,10 @@ def test_options_that_cannot_be_obeyed_are_refused(options, said, tmp_path) -> N
 
 def test_opset_and_facts(tmp_path) -> None:
     model = make_pipeline(StandardScaler(), LogisticRegression()).fit(CANCER, WORDS)
-    _, facts = through_onnx(model, {"X": CANCER}, tmp_path, opset=13)
-    assert facts["opset"] <= 13 and "ai.onnx.ml" in facts["domains"]
+    for opset in (9, 13, 18):
+        _, facts = through_onnx(model, {"X": CANCER}, tmp_path, opset=opset)
+        assert facts["opset"] == opset and "ai.onnx.ml" in facts["domains"]
+    assert through_onnx(model, {"X": CANCER}, tmp_path)[1]["opset"] == 18
     said = describe([saved(model, tmp_path)], TRUST)["facts"]
     assert said["framework"] == f"scikit-learn {sklearn.__version__}"
     assert said["layers"] == {"Pipeline": 1, "StandardScaler": 1, "LogisticRegression": 1}

@@ -1,0 +1,177 @@
+"""A model, the inputs it was given, and what it made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.artifact import Artifact
+from edgekit.errors import EdgeKitError
+from edgekit.execute import Sample, run_samples
+from edgekit.sandbox import Limits
+
+__all__ = ["Transposes", "Trial", "output_names"]
+
+#: input name -> the order of axes that turns an array for one model into one for the other
+Transposes = Mapping[str, Sequence[int]]
+
+#: relative: from one float32 to the next
+_ONE_ROUNDING = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model with the inputs it was given and what it made of them, sample by sample.
+
+    `sensitivity`: how far each output moves, as a share of its greatest value, when every number
+    of the inputs is moved by one rounding. It is the error that no implementation can be without:
+    great where the model subtracts nearly equal numbers, takes logarithms near 0, or saturates.
+    """
+
+    artifact: Artifact
+    samples: Sequence[Sample]
+    outputs: Sequence[Mapping[str, NDArray[Any]]]
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, artifact: Artifact, samples: Sequence[Sample], limits: Limits | None = None
+    ) -> Trial:
+        """Run it.
+
+        Raises:
+            EdgeKitError: it cannot be run on these inputs.
+        """
+        return cls(artifact, samples, run_samples(artifact, samples, limits=limits))
+
+    @classmethod
+    def twice(
+        cls, artifact: Artifact, samples: Sequence[Sample], limits: Limits | None = None
+    ) -> Trial:
+        """Run it on the samples, and on the same moved by one rounding: with its sensitivity.
+
+        Raises:
+            EdgeKitError: it cannot be run on these inputs.
+        """
+        moved = [_moved(sample) for sample in samples]
+        both = run_samples(artifact, [*samples, *moved], limits=limits)
+        ours, theirs = both[: len(samples)], both[len(samples) :]
+        found = {
+            name: _relative([one[name] for one in ours], [one[name] for one in theirs])
+            for name in ours[0]
+        }
+        return cls(artifact, samples, ours, found)
+
+    def varies(self) -> bool:
+        """Whether some output tells the samples apart."""
+        first, *rest = self.outputs
+        return not rest or any(
+            one.shape != array.shape
+            or (
+                _relative([one], [array]) > _TELLS_APART
+                if array.dtype.kind in "fiub"
+                else not np.array_equal(one, array)
+            )
+            for name, array in first.items()
+            for one in (other[name] for other in rest)
+        )
+
+    def repeated(
+        self, other: Artifact, transposes: Transposes | None = None, limits: Limits | None = None
+    ) -> Trial:
+        """Another model on the same inputs, under its own names and axes.
+
+        Raises:
+            EdgeKitError: it takes other inputs, or cannot be run on these.
+        """
+        turned = _for_candidate(self.artifact, other, self.samples, transposes or {})
+        names = output_names(self.artifact, other)
+        known = {names[name]: value for name, value in self.sensitivity.items() if name in names}
+        return replace(Trial.of(other, turned, limits), sensitivity=known)
+
+
+#: of an output's greatest value
+_TELLS_APART = 1e-4
+
+
+def _moved(sample: Sample) -> dict[str, NDArray[Any]]:
+    """Every float moved up or down by one rounding of float32, by lot."""
+    rng = np.random.default_rng(0)
+    moved = {}
+    for name, array in sample.items():
+        moved[name] = array
+        if array.dtype.kind == "f":
+            signs = rng.choice([-1.0, 1.0], array.shape)
+            moved[name] = np.asarray(array * (1 + signs * _ONE_ROUNDING)).astype(array.dtype)
+    return moved
+
+
+def _relative(ones: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> float:
+    """The greatest difference over the greatest absolute value, over all samples."""
+    error = greatest = 0.0
+    for one, other in zip(ones, others, strict=True):
+        if one.dtype.kind not in "fiub" or one.shape != other.shape:
+            continue
+        a, b = one.astype(np.float64), other.astype(np.float64)
+        sound = np.isfinite(a) & np.isfinite(b)
+        greatest = max(greatest, float(np.max(np.abs(a[sound]), initial=0.0)))
+        error = max(error, float(np.max(np.abs(a[sound] - b[sound]), initial=0.0)))
+    return error / greatest if greatest else 0.0
+
+
+def output_names(reference: Artifact, candidate: Artifact) -> dict[str, str]:
+    """The candidate's name of each output: the same, or the one at the same place.
+
+    Raises:
+        EdgeKitError: they have not equally many.
+    """
+    ours = [spec.name for spec in reference.outputs]
+    theirs = [spec.name for spec in candidate.outputs]
+    if len(ours) != len(theirs):
+        raise EdgeKitError(
+            f"{reference.name} has {len(ours)} outputs ({', '.join(ours)}), {candidate.name} "
+            f"{len(theirs)} ({', '.join(theirs)})"
+        )
+    if set(ours) == set(theirs):
+        return {name: name for name in ours}
+    return dict(zip(ours, theirs, strict=True))
+
+
+def _for_candidate(
+    reference: Artifact, candidate: Artifact, samples: Sequence[Sample], transposes: Transposes
+) -> list[dict[str, NDArray[Any]]]:
+    """The samples under the candidate's names, axes and, for integers, types."""
+    ours = [spec.name for spec in reference.inputs]
+    theirs = [spec.name for spec in candidate.inputs]
+    if len(ours) != len(theirs):
+        raise EdgeKitError(
+            f"{reference.name} has {len(ours)} inputs ({', '.join(ours)}), {candidate.name} "
+            f"{len(theirs)} ({', '.join(theirs)})"
+        )
+    names = (
+        {n: n for n in ours} if set(ours) == set(theirs) else dict(zip(ours, theirs, strict=True))
+    )
+    dtypes = {spec.name: spec.dtype for spec in candidate.inputs}
+    ranks = {spec.name: len(spec.shape) for spec in candidate.inputs}
+    for spec in reference.inputs:
+        if len(spec.shape) != ranks[names[spec.name]]:
+            theirs_are = "; ".join(map(str, candidate.inputs))
+            raise EdgeKitError(
+                f"{candidate.name} takes other inputs ({theirs_are}) than {reference.name} ({spec})"
+            )
+    turned = []
+    for sample in samples:
+        one = {}
+        for name, array in sample.items():
+            axes = transposes.get(name)
+            placed = array if axes is None else np.ascontiguousarray(array.transpose(axes))
+            wanted = dtypes[names[name]]
+            if wanted != "string" and placed.dtype.kind in "iub":  # int64 may have become int32
+                placed = placed.astype(wanted)
+            one[names[name]] = placed
+        turned.append(one)
+    return turned
