@@ -66,7 +66,7 @@ class Reused:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.seen: set[str] = set()
-        self.deaths: list[str] = []
+        self.faults: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._answers = 0
@@ -92,7 +92,7 @@ class Reused:
             code = process.poll()
             self.close()
             self.seen.add("over" if code is None else "died")
-            self.deaths.append(f"{target}: {'over the limit' if code is None else code}")
+            self.faults.append(f"{target}: {'over the limit' if code is None else code}")
             raise ChildError(f"{what}: over a limit or crashed ({code})")
         answer = json.loads(line)
         self._answers += 1
@@ -102,6 +102,7 @@ class Reused:
             return answer["result"]
         if "crash" in answer:
             self.seen.add("unforeseen")
+            self.faults.append(f"{target}: {answer['crash'][:150]}")
             raise ChildError(f"{what}: {answer['crash']}")
         raise by_name(answer["kind"], answer["error"])
 
@@ -511,7 +512,7 @@ def mutations_of(
         cache = Cache(Path(text) / "cache")
         unharmed = read_and_convert(str(good), reading, cache, fmt)
         assert unharmed == "converted", f"{fmt}: {unharmed}"
-        reused.deaths.clear()
+        reused.faults.clear()
         for number in range(count):
             path = mutant(good, Path(text) / f"{number}{good.suffix}", rng)
             reused.seen.clear()
@@ -525,8 +526,8 @@ def mutations_of(
             bad = reused.seen & {"died", "over"} or reused.seen
             outcomes[outcome if outcome == "host" or not bad else min(bad)] += 1
             assert not canary.exists(), f"{fmt} {number} ran code"
-    deaths = collections.Counter(reused.deaths)
-    return dict(outcomes) | {"slowest_s": round(slowest_s, 1), "deaths": dict(deaths)}
+    faults = collections.Counter(reused.faults)
+    return dict(outcomes) | {"slowest_s": round(slowest_s, 1), "faults": dict(faults)}
 
 
 def _short(outcome: str) -> str:

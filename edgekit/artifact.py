@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ __all__ = [
     "SOURCES",
     "Artifact",
     "TensorSpec",
+    "artifact_of",
     "open_model",
+    "read_model",
     "read_specs",
     "spec_from_json",
 ]
@@ -105,21 +107,32 @@ def open_model(
             say what `reading` must.
         MissingToolError: the format's engine or framework is not installed.
     """
-    found = detect(str(source))
     reading = reading or Reading()
-    location = found.source[0] if found.folder or found.function else ""
-    files = found.files
     name = called or str(source)
-    if found.format in SOURCES:
-        function = SOURCES[found.format].format("describe")
-        what: dict[str, Any] = {"source": found.source, "options": reading.of_source().to_json()}
-        files += (reading.weights,) if reading.weights else ()
-    else:
-        function = "edgekit.artifact:read_specs"
-        what = {"path": str(source), "called": name}
     specs = sandbox.call(
-        function, what, limits=sandbox.Limits(timeout_s=300), what=f"reading {name}"
+        "edgekit.artifact:read_model",
+        {"source": str(source), "options": reading.of_source().to_json(), "called": name},
+        limits=sandbox.Limits(timeout_s=300),
+        what=f"reading {name}",
     )
+    return artifact_of(source, specs, reading=reading, provenance=provenance, called=called)
+
+
+def artifact_of(
+    source: Path | str,
+    specs: Mapping[str, Any],
+    *,
+    reading: Reading,
+    provenance: tuple[dict[str, Any], ...] = (),
+    called: str = "",
+) -> Artifact:
+    """The artifact whose `specs` `read_model` has found.
+
+    Raises:
+        ModelError: its files are not there any more.
+    """
+    found = detect(str(source))
+    files = found.files + ((reading.weights,) if reading.weights else ())
     files += tuple(Path(one) for one in specs.get("files", ()))
     return Artifact(
         found.format,
@@ -128,11 +141,22 @@ def open_model(
         tuple(spec_from_json(one) for one in specs["inputs"]),
         tuple(spec_from_json(one) for one in specs["outputs"]),
         provenance,
-        location,
+        found.source[0] if found.folder or found.function else "",
         reading,
         specs.get("facts", {}),
         called,
     )
+
+
+def read_model(source: str, options: dict[str, Any], called: str) -> dict[str, Any]:
+    """Runs in the child: the inputs and outputs of a model of any format, and what its framework
+    says of it."""
+    found = detect(source)
+    if found.format not in SOURCES:
+        return read_specs(source, called)
+    module, _, name = SOURCES[found.format].format("describe").partition(":")
+    specs: dict[str, Any] = getattr(import_module(module), name)(found.source, options)
+    return specs
 
 
 def read_specs(path: str, called: str) -> dict[str, Any]:
@@ -164,7 +188,5 @@ def _external_files(path: str) -> list[str]:
     """Further files that an ONNX model's weights are in."""
     if not path.lower().endswith(".onnx") or util.find_spec("onnx") is None:
         return []
-    from importlib import import_module
-
     external = import_module("edgekit_converters.onnx").external_files(Path(path))
     return [str(one) for one in external]

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from edgekit.parity import (
     explain,
     tolerance_between,
 )
-from edgekit.trial import Trial
+from edgekit.trial import Trial, inputs_for
 
 __all__ = [
     "Attempt", "Conversion", "Given", "check", "convert_with_proof", "default_name", "write_result",
@@ -46,6 +47,8 @@ SAMPLES = 4
 _DATA_SAMPLES = 16
 #: of an output's greatest value, for one rounding of the inputs: other noise may tell more
 _TOO_SENSITIVE = 1e-5
+#: processes that run a model side by side
+_AT_ONCE = 2
 
 Chain = list[tuple[Artifact, dict[str, tuple[int, ...]]]]
 
@@ -205,8 +208,7 @@ def _proof(
         live = replace(source, called="the live model")
         ledger.append(compare(Trial(live, given.samples, given.outputs), trial, usual))
     here = trial
-    for artifact, transposes in chain[1:]:
-        there = here.repeated(artifact, transposes, limits)
+    for (artifact, _), there in zip(chain[1:], _repeated(trial, chain, limits), strict=True):
         between = tolerance_between(here.artifact, artifact, shapes=shapes)
         line = compare(here, there, between if "assumed" not in between.why else usual)
         ledger.append(line if line.passed else explain(line, here, there, limits))
@@ -218,6 +220,24 @@ def _proof(
     found = Conversion(result, steps, tuple(ledger), inputs)
     proof = {"step": "parity", "of": source.sha256, **found.ledger_json()}
     return replace(found, artifact=replace(result, provenance=(*result.provenance, proof)))
+
+
+def _repeated(trial: Trial, chain: Chain, limits: sandbox.Limits | None) -> list[Trial]:
+    """The models after the source on its inputs, two at a time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        waiting = []
+        here = trial.artifact, trial.samples
+        for artifact, transposes in chain[1:]:
+            turned = inputs_for(*here, artifact, transposes)
+            waiting.append(pool.submit(Trial.of, artifact, turned, limits))
+            here = artifact, turned
+        made = [one.result() for one in waiting]
+    moved = trial
+    found = []
+    for one in made:
+        moved = one.as_sensitive_as(moved)
+        found.append(moved)
+    return found
 
 
 def check(
@@ -235,7 +255,8 @@ def check(
         EdgeKitError: the models take other inputs, or one cannot be run.
     """
     inputs, trial = _first_trial([(reference, {}), (candidate, {})], given, limits, seed)
-    there = trial.repeated(candidate, None, limits)
+    turned = inputs_for(reference, trial.samples, candidate)
+    there = Trial.of(candidate, turned, limits).as_sensitive_as(trial)
     shapes = {name: list(array.shape) for name, array in trial.samples[0].items()}
     line = compare(trial, there, tolerance_between(reference, candidate, shapes=shapes))
     return inputs, line if line.passed else explain(line, trial, there, limits)

@@ -11,18 +11,19 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 from edgekit import sandbox
-from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, open_model
+from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, artifact_of, read_model
 from edgekit.cache import Cache, content_key
 from edgekit.errors import EdgeKitError, ModelError, UsageError
 from edgekit.reading import Reading
 
 __all__ = [
     "CLEAN_UP", "EDGES", "SUFFIX", "TARGETS", "Edge", "Step", "along", "convert", "install_line",
-    "missing_extra", "path_between", "paths_for", "tool_versions",
+    "missing_extra", "path_between", "paths_for", "run_edge", "tool_versions",
 ]  # fmt: skip
 
 #: what can be asked for
@@ -137,8 +138,8 @@ EDGES = (
     ),
     Edge(
         "onnx", "tflite", "edgekit_converters.onnx2tf:from_onnx",
-        ("onnx2tf", "tensorflow", "ai_edge_litert"), "tflite-convert",
-        ("onnx2tf", "tensorflow-cpu", "ai-edge-litert"), clean=True,
+        ("onnx2tf", "tensorflow", "ai_edge_litert", "onnxscript", "onnxslim"), "tflite-convert",
+        ("onnx2tf", "tensorflow-cpu", "ai-edge-litert", "onnxslim"), clean=True,
     ),
     Edge(
         "onnx", "ncnn", "edgekit_converters.pnnx:onnx_to_ncnn", ("pnnx", "ncnn"), "ncnn",
@@ -316,27 +317,30 @@ def along(
     edge, options = step.edge, step.reading.to_json()
     versions = tool_versions(edge.distributions)
     key = content_key(
-        kind="edge", recipe=2, edge=edge.function, source=artifact.sha256, tools=versions,
+        kind="edge", recipe=3, edge=edge.function, source=artifact.sha256, tools=versions,
         options=options, # Python code may read anything, so its hash is not its content
         nonce=time.time_ns() if artifact.format == "torch" else None,
     )  # fmt: skip
     name = f"model{SUFFIX[edge.target]}"
+    left = Reading(trust_source=step.reading.trust_source)
+    called = f"the converted {FORMAT_NAMES[edge.target]} model"
 
     def make(folder: Path) -> None:
-        facts = sandbox.call(
-            edge.function,
+        made = sandbox.call(
+            "edgekit.convert:run_edge",
             {
+                "function": edge.function,
                 "source": list(artifact.arguments),
                 "target": str(folder / name),
                 "options": options,
+                "reading": left.to_json(),
+                "called": called,
             },
             limits=limits,
             progress=progress,
             what=f"{phase} {step}".strip(),
         )
-        if not (folder / name).exists():
-            raise ModelError(f"{edge.tool} wrote no {name}")
-        (folder / _FACTS).write_text(json.dumps(facts or {}))
+        (folder / _FACTS).write_text(json.dumps(made))
 
     try:
         folder = cache.folder(key, make)
@@ -344,13 +348,36 @@ def along(
         if phase and not str(error).startswith(phase):
             raise type(error)(f"{phase} {edge.tool}: {error}") from None
         raise
-    facts = json.loads((folder / _FACTS).read_text())
+    made = json.loads((folder / _FACTS).read_text())
     done = {
         "step": "clean-up" if edge is CLEAN_UP else "convert", "to": edge.target, "tools": versions,
-        "from": artifact.sha256, "options": options, **facts,
+        "from": artifact.sha256, "options": options, **made["facts"],
     }  # fmt: skip
-    reading = Reading(trust_source=step.reading.trust_source)
-    return open_model(
-        folder / name, reading=reading, provenance=(*artifact.provenance, done),
-        called=f"the converted {FORMAT_NAMES[edge.target]} model",
-    )  # fmt: skip
+    # external data is beside the model, wherever the cache has put both
+    specs = made["specs"] | {
+        "files": [str(folder / Path(one).name) for one in made["specs"].get("files", ())]
+    }
+    return artifact_of(
+        folder / name, specs, reading=left, provenance=(*artifact.provenance, done), called=called
+    )
+
+
+def run_edge(
+    *,
+    function: str,
+    source: list[str],
+    target: str,
+    options: dict[str, Any],
+    reading: dict[str, Any],
+    called: str,
+) -> dict[str, Any]:
+    """Runs in the child: convert, and read what was made while its framework is loaded.
+
+    Raises:
+        ModelError: the converter refuses the model, or what it wrote cannot be read.
+    """
+    module, _, name = function.partition(":")
+    facts = getattr(import_module(module), name)(source, target, options)
+    if not Path(target).exists():
+        raise ModelError(f"{module} wrote no {Path(target).name}")
+    return {"facts": facts or {}, "specs": read_model(target, reading, called)}

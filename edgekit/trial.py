@@ -14,7 +14,7 @@ from edgekit.errors import EdgeKitError
 from edgekit.execute import Sample, run_samples
 from edgekit.sandbox import Limits
 
-__all__ = ["Transposes", "Trial", "output_names"]
+__all__ = ["Transposes", "Trial", "inputs_for", "output_names"]
 
 #: input name -> the order of axes that turns an array for one model into one for the other
 Transposes = Mapping[str, Sequence[int]]
@@ -80,18 +80,11 @@ class Trial:
             for one in (other[name] for other in rest)
         )
 
-    def repeated(
-        self, other: Artifact, transposes: Transposes | None = None, limits: Limits | None = None
-    ) -> Trial:
-        """Another model on the same inputs, under its own names and axes.
-
-        Raises:
-            EdgeKitError: it takes other inputs, or cannot be run on these.
-        """
-        turned = _for_candidate(self.artifact, other, self.samples, transposes or {})
-        names = output_names(self.artifact, other)
-        known = {names[name]: value for name, value in self.sensitivity.items() if name in names}
-        return replace(Trial.of(other, turned, limits), sensitivity=known)
+    def as_sensitive_as(self, reference: Trial) -> Trial:
+        """With the sensitivity of what it is compared with, under its own names."""
+        names = output_names(reference.artifact, self.artifact)
+        known = {names[name]: value for name, value in reference.sensitivity.items()}
+        return replace(self, sensitivity=known)
 
 
 #: of an output's greatest value
@@ -141,10 +134,17 @@ def output_names(reference: Artifact, candidate: Artifact) -> dict[str, str]:
     return dict(zip(ours, theirs, strict=True))
 
 
-def _for_candidate(
-    reference: Artifact, candidate: Artifact, samples: Sequence[Sample], transposes: Transposes
+def inputs_for(
+    reference: Artifact,
+    samples: Sequence[Sample],
+    candidate: Artifact,
+    transposes: Transposes | None = None,
 ) -> list[dict[str, NDArray[Any]]]:
-    """The samples under the candidate's names, axes and, for integers, types."""
+    """The reference's samples under the candidate's names, axes and, for integers, types.
+
+    Raises:
+        EdgeKitError: the candidate takes other inputs.
+    """
     ours = [spec.name for spec in reference.inputs]
     theirs = [spec.name for spec in candidate.inputs]
     if len(ours) != len(theirs):
@@ -167,7 +167,7 @@ def _for_candidate(
     for sample in samples:
         one = {}
         for name, array in sample.items():
-            axes = transposes.get(name)
+            axes = (transposes or {}).get(name)
             placed = array if axes is None else np.ascontiguousarray(array.transpose(axes))
             wanted = dtypes[names[name]]
             if wanted != "string" and placed.dtype.kind in "iub":  # int64 may have become int32

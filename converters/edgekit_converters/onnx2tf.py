@@ -41,7 +41,8 @@ def from_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[s
         ModelError: shapes are free, or onnx2tf fails at an operator, or makes another model of it.
         UsageError: an option contradicts the model.
     """
-    target_path = Path(target).absolute()
+    # absolute, because the work is done in another folder
+    source, target_path = [str(Path(one).absolute()) for one in source], Path(target).absolute()
     with _workshop(target_path.parent) as folder:
         cleaned = folder / "cleaned.onnx"
         facts = clean_up(source, str(cleaned), options)

@@ -60,7 +60,7 @@ def converted(model: Any, made: Interface, opset: int | None) -> tuple[bytes, di
         raise ModelError("sublinear_tf=True and False in one model: fit all with the same")
     if sublinear == {True}:
         _sublinear(proto)
-    proto = _of_opset(proto, model, made, wanted)
+    proto = _of_opset(proto, model, made, wanted, strict=opset is not None)
     domains = sorted({node.domain for node in proto.graph.node if node.domain})
     return proto.SerializeToString(), {
         "opset": next(one.version for one in proto.opset_import if not one.domain),
@@ -69,7 +69,7 @@ def converted(model: Any, made: Interface, opset: int | None) -> tuple[bytes, di
     }
 
 
-def _of_opset(proto: Any, model: Any, made: Interface, wanted: int) -> Any:
+def _of_opset(proto: Any, model: Any, made: Interface, wanted: int, *, strict: bool) -> Any:
     """Finished and compared, as the opset it was written for: skl2onnx states the oldest that has
     all its operators, where others of the same name may mean something else. Those are found by
     comparing."""
@@ -81,7 +81,8 @@ def _of_opset(proto: Any, model: Any, made: Interface, wanted: int) -> Any:
             _finish(raised, model, made)
             _compare(raised, model, made)
         except ModelError:
-            pass  # as it was stated, then; facts say which
+            if strict:
+                raise
         else:
             return raised
     _finish(proto, model, made)

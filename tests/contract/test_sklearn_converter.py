@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from sklearn.svm import SVC, LinearSVC, NuSVC
+from threadpoolctl import threadpool_limits
 
 from edgekit_converters.sklearn import describe, run, save_live, tensors, to_onnx
 from edgekit_converters.sklearn_text import token_expression
@@ -71,6 +73,12 @@ WINE, WINERY = load_wine(return_X_y=True)
 WINE = StandardScaler().fit_transform(WINE).astype(np.float32)
 DIABETES, PROGRESS = load_diabetes(return_X_y=True)
 DIABETES = DIABETES.astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threadpool_limits(1):  # OpenMP's threads wait for each other where processors are few
+        yield
 
 
 def saved(model: object, folder: Path) -> str:
