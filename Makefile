@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SETTINGS := pyproject.toml runtime/pyproject.toml constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test test-corpus check clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
@@ -18,6 +18,10 @@ REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklea
 test: check
 	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 tests/unit tests/contract
 	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest tests/e2e
+
+# Every public model of the corpus to every format: an hour or two.
+test-corpus: .venv/dev.stamp
+	$(BIN)/python benchmarks/corpus_matrix.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .

@@ -321,7 +321,7 @@ def _pipeline(folder: Path) -> Ready:
     data = unpacked("alt_profanity_check", folder) / "profanity_check" / "data"
     made = folder / "profanity.joblib"
     _child(_PIPELINE, data / "vectorizer.joblib", data / "model.joblib", made)
-    samples = [{"text": np.array([text])} for text in Sentences.make(40)]
+    samples = [{"text": np.array([[text]])} for text in Sentences.make(40)]
     return Ready(str(made), Reading(trust_source=True), Given("40 sentences", samples))
 
 
@@ -384,6 +384,10 @@ SILABS_REFUSED: dict[str, str] = {}
 _REFUSED = (
     ("magika.onnx", "ncnn", "truth values (torch.eq)"),
     ("basic-pitch*", "ncnn", "torch.eq"),
+    ("ppocr-rec.onnx", "ncnn", "torch.unbind"),
+    ("silero-vad*.onnx", "ncnn", "control flow (If)"),
+    ("silero-vad.jit", "ncnn", "control flow (prim::If)"),
+    ("profanity.joblib", "ncnn", "string"),
 )
 #: cells that are quick enough for every run of the tests; digits are among the claims
 _SMALL = {

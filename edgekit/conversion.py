@@ -321,9 +321,14 @@ def _common_specs(chain: Chain) -> tuple[TensorSpec, ...]:
             for ours, dim in zip(axes[place], other.shape, strict=True):
                 if isinstance(spec.shape[ours], str) and isinstance(dim, int):
                     fixed[spec.shape[ours]] = dim
+    values = chain[0][0].reading.values
     return tuple(
-        replace(spec, shape=tuple(fixed.get(dim, dim) for dim in spec.shape)) for spec in specs
-    )
+        replace(
+            spec, shape=tuple(fixed.get(dim, dim) for dim in spec.shape),
+            range=(values[spec.name],) * 2 if spec.name in values else spec.range,
+        )
+        for spec in specs
+    )  # fmt: skip
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ SUFFIX = {
 }  # fmt: skip
 
 _FACTS = "facts.json"
+#: fields of Reading that some step of a way must obey
+_OPTIONS = ("inputs", "values", "layout", "opset")
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +73,7 @@ _TF_DISTRIBUTIONS = ("tensorflow-cpu", "keras")
 #: ONNX to ONNX: what every way through ONNX may stop for
 CLEAN_UP = Edge(
     "onnx", "onnx", "edgekit_converters.onnx:clean_up", ("onnx", "onnxscript"), "onnx",
-    ("onnxscript", "onnx-ir", "onnx"), _takes("inputs layout opset"),
+    ("onnxscript", "onnx-ir", "onnx"), _takes("inputs values layout opset"),
 )  # fmt: skip
 
 EDGES = (
@@ -196,15 +198,18 @@ def paths_for(source: str, target: str, reading: Reading) -> list[tuple[Step, ..
     if not ways or (source == target and source != "onnx"):
         raise ModelError(_no_way(source, target))
     found, useless = [], ""
+    if source == "onnx":  # what a converter refuses as it came, it may take cleaned up
+        ways += [(CLEAN_UP, *way) for way in ways if way and not way[0].clean]
     for way in ways:
         steps = _with_options(way, source, target, reading)
         if isinstance(steps, str):
             useless = steps
-        else:
+        elif steps not in found:
             found.append(steps)
     if not found:
         raise UsageError(
-            f"--{useless} cannot be obeyed from {FORMAT_NAMES[source]} to {FORMAT_NAMES[target]}"
+            f"--{useless.replace('values', 'set')} cannot be obeyed from {FORMAT_NAMES[source]} "
+            f"to {FORMAT_NAMES[target]}"
         )
     return found
 
@@ -214,7 +219,7 @@ def _with_options(
 ) -> tuple[Step, ...] | str:
     """The way with clean-ups where they are due, each option given to the first step that takes
     it; or the option that none takes."""
-    given = {name for name in ("inputs", "layout", "opset") if getattr(reading, name)}
+    given = {name for name in _OPTIONS if getattr(reading, name)}
     edges: list[Edge] = []
     here = source
     for edge in (*way, None):
@@ -315,6 +320,12 @@ def along(
         EdgeKitError: as `convert`.
     """
     edge, options = step.edge, step.reading.to_json()
+    texts = [spec.name for spec in artifact.inputs if spec.dtype == "string"]
+    if texts and edge.source == "onnx" and edge.target != "onnx":
+        raise ModelError(
+            f"the input {texts[0]!r} takes texts, which {FORMAT_NAMES[edge.target]} does not: "
+            "--to onnx (ONNX Runtime takes them), or convert what comes after texts became numbers"
+        )
     versions = tool_versions(edge.distributions)
     key = content_key(
         kind="edge", recipe=3, edge=edge.function, source=artifact.sha256, tools=versions,

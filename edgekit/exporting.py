@@ -65,7 +65,7 @@ def export(
     module, name = _framework(model)
     path = Path(to)
     target = _target(path)
-    reading = Reading(parse_inputs(inputs), layout, opset, trust_source=True)
+    reading = Reading(parse_inputs(inputs), layout=layout, opset=opset, trust_source=True)
     cache = cache or Cache()
     with tempfile.TemporaryDirectory(prefix="edgekit-") as scratch:
         saved = str(Path(scratch) / name)

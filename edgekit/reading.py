@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from edgekit.errors import UsageError
 
-__all__ = ["InputDeclaration", "Layout", "Reading", "parse_inputs"]
+__all__ = ["InputDeclaration", "Layout", "Reading", "parse_inputs", "parse_values"]
 
 Layout = Literal["nchw", "nhwc"]
 
@@ -33,12 +34,14 @@ class InputDeclaration:
 class Reading:
     """Options of reading a model and of the conversion from it.
 
-    `inputs` fix or name the shapes of its inputs. `layout` is what the converted model's images
+    `inputs` fix or name the shapes of its inputs. `values` are of inputs that are always the same,
+    and become constants of the result. `layout` is what the converted model's images
     shall have. `signature` chooses one of a SavedModel's, `weights` is a file with parameters for
     code that builds a network. `trust_source` allows what unpickles or runs code from the model.
     """
 
     inputs: Mapping[str, InputDeclaration] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
     layout: Layout | None = None
     opset: int | None = None
     signature: str | None = None
@@ -47,7 +50,7 @@ class Reading:
 
     def of_source(self) -> Reading:
         """Without what is asked of the result: for reading and running the model itself."""
-        return replace(self, layout=None, opset=None)
+        return replace(self, values={}, layout=None, opset=None)
 
     def to_json(self) -> dict[str, Any]:
         """For child processes and content keys; only what was given."""
@@ -56,6 +59,7 @@ class Reading:
                 name: {"shape": list(one.shape), "dtype": one.dtype}
                 for name, one in self.inputs.items()
             },
+            "values": dict(self.values),
             "layout": self.layout,
             "opset": self.opset,
             "signature": self.signature,
@@ -63,6 +67,27 @@ class Reading:
             "trust_source": self.trust_source,
         }
         return {key: value for key, value in every.items() if value}
+
+
+def parse_values(texts: Iterable[str]) -> dict[str, float]:
+    """`NAME=NUMBER`, several.
+
+    Raises:
+        UsageError: not of that form, or an input given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not equals or not name or not math.isfinite(value):
+            raise UsageError(f"--set {text!r}; wanted NAME=NUMBER, such as sr=16000")
+        if name in found:
+            raise UsageError(f"--set: {name!r} is given twice")
+        found[name] = value
+    return found
 
 
 def parse_inputs(texts: Iterable[str]) -> dict[str, InputDeclaration]:

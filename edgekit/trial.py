@@ -145,7 +145,8 @@ def inputs_for(
     Raises:
         EdgeKitError: the candidate takes other inputs.
     """
-    ours = [spec.name for spec in reference.inputs]
+    fixed = candidate.provenance[-1].get("options", {}) if candidate.provenance else {}
+    ours = [spec.name for spec in reference.inputs if spec.name not in fixed.get("values", {})]
     theirs = [spec.name for spec in candidate.inputs]
     if len(ours) != len(theirs):
         raise EdgeKitError(
@@ -158,7 +159,7 @@ def inputs_for(
     dtypes = {spec.name: spec.dtype for spec in candidate.inputs}
     ranks = {spec.name: len(spec.shape) for spec in candidate.inputs}
     for spec in reference.inputs:
-        if len(spec.shape) != ranks[names[spec.name]]:
+        if spec.name in names and len(spec.shape) != ranks[names[spec.name]]:
             theirs_are = "; ".join(map(str, candidate.inputs))
             raise EdgeKitError(
                 f"{candidate.name} takes other inputs ({theirs_are}) than {reference.name} ({spec})"
@@ -167,6 +168,8 @@ def inputs_for(
     for sample in samples:
         one = {}
         for name, array in sample.items():
+            if name not in names:  # a constant of the candidate
+                continue
             axes = (transposes or {}).get(name)
             placed = array if axes is None else np.ascontiguousarray(array.transpose(axes))
             wanted = dtypes[names[name]]

@@ -22,7 +22,12 @@ from edgekit_converters.onnx_files import (
     skeleton,
     understood,
 )
-from edgekit_converters.onnx_inputs import apply_inputs, apply_layout, forget_false_names
+from edgekit_converters.onnx_inputs import (
+    apply_inputs,
+    apply_layout,
+    apply_values,
+    forget_false_names,
+)
 from edgekit_converters.onnx_opset import upgrade
 
 __all__ = ["add_outputs", "clean_up", "external_files", "model_files", "simplify"]
@@ -37,7 +42,8 @@ def clean_up(source: list[str], target: str, options: dict[str, Any]) -> dict[st
     """Write the model cleaned: opset upgraded, shapes inferred, constants as initializers and
     folded, BatchNormalization folded, no identities, inference Dropouts, dead nodes and outputs.
 
-    Options: `inputs` (shapes in the source's layout), `layout`, `opset`. Facts: `opset`,
+    Options: `inputs` (shapes in the source's layout), `values` (inputs that become constants),
+    `layout`, `opset`. Facts: `opset`,
     `operators` [before, after], `folded_batchnorm`, `layouts` {input: permutation of an original
     array}, `notes`, `files`.
 
@@ -88,6 +94,7 @@ def _clean_up(source: str, target: str, options: dict[str, Any]) -> dict[str, An
         for name in _optional_inputs(model)
     ]
     _prepare(model)
+    apply_values(model, options.get("values") or {})
     if options.get("inputs"):
         apply_inputs(model, options["inputs"])
     opset = opset_of(model)

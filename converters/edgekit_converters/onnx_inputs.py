@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from edgekit.errors import UsageError, require
 
-__all__ = ["apply_inputs", "apply_layout", "forget_false_names"]
+__all__ = ["apply_inputs", "apply_layout", "apply_values", "forget_false_names"]
 
 _TO_NHWC = [0, 2, 3, 1]
 _TO_NCHW = [0, 3, 1, 2]
@@ -48,6 +50,29 @@ def apply_inputs(model: Any, wanted: Mapping[str, Mapping[str, Any]]) -> bool:
     if changed:
         _rename_symbols(model, symbols)
     return changed
+
+
+def apply_values(model: Any, values: Mapping[str, float]) -> None:
+    """Make inputs that are always the same constants of the model, in place; a free dimension of
+    theirs becomes 1.
+
+    Raises:
+        UsageError: there is no such input, or it cannot hold the value.
+    """
+    ir = require("onnx_ir", extra="onnx")
+    inputs = {value.name: value for value in model.graph.inputs}
+    for name, number in values.items():
+        if name not in inputs:
+            raise UsageError(f"--set: no input {name!r}; inputs: {', '.join(map(repr, inputs))}")
+        value = inputs[name]
+        dims = [dim if isinstance(dim, int) else 1 for dim in _dims(value.shape or ir.Shape([]))]
+        dtype = value.dtype.numpy()
+        if value.dtype.name == "STRING" or np.array(number).astype(dtype) != number:
+            raise UsageError(f"--set {name}={number:g}: the input is {dtype}")
+        value.const_value = ir.tensor(np.full(dims, number, dtype), name=name)
+        value.shape = ir.Shape(dims)
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
 
 
 def _check_dtype(name: str, value: Any, wanted: str | None) -> None:

@@ -14,13 +14,22 @@ __all__ = ["from_onnx"]
 def _blame(log: str) -> str:
     """The first operator its report names and what was wrong with it, without its source lines."""
     found = re.search(r"ONNX node '<Node\((\w+)\): ([^>]*)>'", log)
+    branch = "_branch__" in log or "<Node(If)" in log
+    hint = "; if an input decides a branch, make it a constant: --set NAME=NUMBER" if branch else ""
+    classical = sorted(set(re.findall(r"ai\.onnx\.ml\.(\w+)", log)))
+    if classical:
+        return (
+            f"it has operators of classical machine learning ({', '.join(classical)}), which only "
+            "ONNX Runtime runs: use --to onnx"
+        )
     reasons = [line for line in log.splitlines() if line.strip()]
     reason = next(
         (after for line, after in pairwise(reasons) if "failed with GeneralFailure" in line), ""
     )
     if found:
-        return f"it fails at {found[1]} {found[2]!r}" + (f": {reason.strip()}" if reason else "")
-    return one_line(ValueError(log))
+        reason = f": {reason.strip()}" if reason else ""
+        return f"it fails at {found[1]} {found[2]!r}{reason}{hint}"
+    return one_line(ValueError(log)) + hint
 
 
 def from_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:

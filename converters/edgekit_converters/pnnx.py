@@ -60,7 +60,8 @@ def onnx_to_ncnn(source: list[str], target: str, options: dict[str, Any]) -> dic
                 raise
             raise ModelError(
                 f"pnnx cannot convert the model: it has control flow ({', '.join(inner)}), which "
-                "ncnn has not; export it without, or use another format"
+                "ncnn has not; if an input decides it, make that a constant (--set NAME=NUMBER), "
+                "export it without, or use another format"
             ) from error
     return {**made, "notes": [*notes, *made["notes"]]}
 

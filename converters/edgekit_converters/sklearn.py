@@ -1,7 +1,7 @@
 """scikit-learn: estimators and pipelines from `.joblib`, `.pkl` and `.skops`, to ONNX.
 
 The result holds operators of `ai.onnx.ml` (and, for texts, of `com.microsoft`), which ONNX Runtime
-runs; no other engine does. `edgekit_converters.sklearn_model` says what may be read.
+runs; no other engine does. `edgekit_converters.sklearn_file` says what may be read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import ModelError, require
-from edgekit_converters.sklearn_model import (
-    Interface,
-    check_estimator,
-    check_options,
-    estimators_in,
-    interface_of,
-    load,
-)
+from edgekit_converters.sklearn_file import check_estimator, estimators_in, load
+from edgekit_converters.sklearn_model import Interface, check_options, interface_of
 from edgekit_runtime.arrays import read_npz, write_npz
 from edgekit_runtime.manifest import TensorSpec
 

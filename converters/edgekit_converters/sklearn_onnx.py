@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import ModelError, UsageError, one_line, require
-from edgekit_converters.sklearn_model import (
-    Interface,
-    address_columns,
-    estimators_in,
-    is_text_vectorizer,
-)
+from edgekit_converters.sklearn_file import estimators_in, is_text_vectorizer
+from edgekit_converters.sklearn_model import Interface, address_columns
 from edgekit_converters.sklearn_text import EXAMPLES, LOWERCASE_NOTE, prepare
 
 __all__ = ["converted"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from edgekit.conversion import Conversion, Given, convert_with_proof, default_na
 from edgekit.convert import install_line, missing_extra, paths_for
 from edgekit.data import open_dataset
 from edgekit.formats import detect
-from edgekit.reading import Layout
+from edgekit.reading import Layout, parse_values
 from edgekit.sandbox import Limits
 
 __all__ = ["convert"]
@@ -29,6 +30,9 @@ def convert(
     to: Literal["onnx", "tflite", "openvino", "ncnn"],
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     source: SourceOptions | None = None,
+    set_: Annotated[
+        list[str] | None, Parameter(name="--set", consume_multiple=True, negative="")
+    ] = None,
     layout: Layout | None = None,
     opset: int | None = None,
     data: str | None = None,
@@ -55,6 +59,9 @@ def convert(
         The file to write; the model's name with the format's suffix otherwise.
     source
         How to read the model.
+    set_
+        Inputs that are always the same, NAME=NUMBER: they become constants of the result, and
+        branches that they decide go (silero-vad: sr=16000).
     layout
         The layout of the result's image inputs, whatever the model's own is.
     opset
@@ -73,6 +80,7 @@ def convert(
         One JSON object on stdout (schema edgekit.convert/1).
     """
     reading = (source or SourceOptions()).reading(layout, opset)
+    reading = replace(reading, values=parse_values(set_ or []))
     if explain:
         return _explain(model, to, reading, json=json)
     cache = Cache()

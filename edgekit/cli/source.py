@@ -44,6 +44,6 @@ class SourceOptions:
             UsageError: `inputs` are not of that form.
         """
         return Reading(
-            parse_inputs(self.inputs or []), layout, opset, self.signature, self.weights,
-            self.trust_source,
+            parse_inputs(self.inputs or []), layout=layout, opset=opset, signature=self.signature,
+            weights=self.weights, trust_source=self.trust_source,
         )  # fmt: skip

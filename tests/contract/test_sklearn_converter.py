@@ -496,7 +496,7 @@ def test_a_pickle_is_not_read_without_trust(name, call, tmp_path) -> None:
 
 
 def test_skops_of_known_types_needs_no_trust_and_others_are_listed(tmp_path) -> None:
-    from source_mutations import live_skops, zipped
+    from crafted_sources import live_skops, zipped
 
     path = tmp_path / "m.skops"
     model = make_pipeline(StandardScaler(), LogisticRegression()).fit(CANCER, KIND)

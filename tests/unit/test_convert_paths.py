@@ -4,7 +4,7 @@ import pytest
 
 from edgekit.convert import CLEAN_UP, EDGES, path_between, paths_for
 from edgekit.errors import ModelError, UsageError
-from edgekit.reading import InputDeclaration, Reading, parse_inputs
+from edgekit.reading import InputDeclaration, Reading, parse_inputs, parse_values
 
 SOURCES = {edge.source for edge in EDGES}
 
@@ -73,8 +73,9 @@ def test_each_option_goes_to_the_first_step_that_takes_it() -> None:
 
 
 def test_clean_up_comes_in_only_where_an_option_needs_it() -> None:
-    (plain,) = paths_for("onnx", "openvino", Reading())
+    plain, cleaned = paths_for("onnx", "openvino", Reading())
     assert [step.edge for step in plain] == [path_between("onnx", "openvino")[0]]
+    assert [step.edge for step in cleaned] == [CLEAN_UP, plain[0].edge]  # if the first fails
     (fixed,) = paths_for("onnx", "openvino", Reading(inputs=parse_inputs(["x=1x3"])))
     assert fixed[0].edge is CLEAN_UP
 
@@ -89,6 +90,14 @@ def test_an_option_nobody_obeys_is_refused(monkeypatch) -> None:
     monkeypatch.setattr("edgekit.convert.EDGES", native)
     with pytest.raises(UsageError, match="--opset cannot be obeyed from SavedModel to TFLite"):
         paths_for("savedmodel", "tflite", Reading(opset=17))
+
+
+def test_values_are_for_the_clean_up() -> None:
+    (way,) = paths_for("onnx", "openvino", Reading(values=parse_values(["sr=16000"])))
+    assert way[0].reading.to_json() == {"values": {"sr": 16000}}
+    for text in ("sr", "=3", "sr=x", "sr=nan"):
+        with pytest.raises(UsageError, match="--set"):
+            parse_values([text])
 
 
 def test_inputs_are_read() -> None:
