@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekit import sandbox
 from edgekit.cache import file_sha256
-from edgekit.errors import ModelError
+from edgekit.errors import ModelError, one_line
 from edgekit.formats import detect
 from edgekit.reading import Reading
 from edgekit_runtime.loading import load
@@ -155,7 +155,10 @@ def read_model(source: str, options: dict[str, Any], called: str) -> dict[str, A
     if found.format not in SOURCES:
         return read_specs(source, called)
     module, _, name = SOURCES[found.format].format("describe").partition(":")
-    specs: dict[str, Any] = getattr(import_module(module), name)(found.source, options)
+    try:
+        specs: dict[str, Any] = getattr(import_module(module), name)(found.source, options)
+    except (IndexError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ModelError(f"{called} is damaged or not understood: {one_line(error)}") from error
     return specs
 
 

@@ -39,7 +39,8 @@ from edgekit.parity import (
 from edgekit.trial import Trial, inputs_for
 
 __all__ = [
-    "Attempt", "Conversion", "Given", "check", "convert_with_proof", "default_name", "write_result",
+    "Attempt", "Conversion", "Given", "check", "check_target", "convert_with_proof", "default_name",
+    "write_result",
 ]  # fmt: skip
 
 #: samples that go through every hop, noise or the user's
@@ -342,6 +343,23 @@ def default_name(artifact: Artifact, target: str) -> str:
     return f"{stem}-clean{SUFFIX[target]}" if taken else name
 
 
+def check_target(path: Path, target: str) -> None:
+    """Raise before any work if a result cannot be written there.
+
+    Raises:
+        UsageError: the suffix is not the format's, or the folder is not there or not writable.
+    """
+    suffix = SUFFIX[target]
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"-o {path} does not end in {suffix}, as {FORMAT_NAMES[target]} does")
+    if not path.parent.is_dir():
+        raise UsageError(f"no folder {path.parent} to write {path.name} into")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent} may not be written into")
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder; wanted a file name")
+
+
 def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> list[Path]:
     """Write the model (if it computes the same, or `keep`) and, beside it, its provenance with the
     ledger; returns the files written. The model's main file comes last: if it is there, all is.
@@ -350,11 +368,7 @@ def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> l
         UsageError: the suffix is not the format's, or the folder is not there.
     """
     made = conversion.artifact
-    suffix = SUFFIX[made.format]
-    if path.suffix.lower() != suffix:
-        raise UsageError(f"-o {path} does not end in {suffix}, as {FORMAT_NAMES[made.format]} does")
-    if not path.parent.is_dir():
-        raise UsageError(f"no folder {path.parent} to write {path.name} into")
+    check_target(path, made.format)
     written = _place(made, path) if conversion.passed or keep else []
     note = path.with_suffix(".provenance.json")
     document = {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.artifact import TensorSpec, open_model
 from edgekit.cache import Cache
-from edgekit.conversion import Given, convert_with_proof, write_result
+from edgekit.conversion import Given, check_target, convert_with_proof, write_result
 from edgekit.convert import SUFFIX, TARGETS
 from edgekit.errors import LimitError, UsageError
 from edgekit.noise import noise_sets
@@ -65,6 +65,7 @@ def export(
     module, name = _framework(model)
     path = Path(to)
     target = _target(path)
+    check_target(path, target)
     reading = Reading(parse_inputs(inputs), layout=layout, opset=opset, trust_source=True)
     cache = cache or Cache()
     with tempfile.TemporaryDirectory(prefix="edgekit-") as scratch:

@@ -13,7 +13,14 @@ from edgekit.cache import Cache
 from edgekit.cli.console import AnsweredError, TerminalObserver, print_json, size, stdout
 from edgekit.cli.ledger import show_ledger
 from edgekit.cli.source import SourceOptions
-from edgekit.conversion import Conversion, Given, convert_with_proof, default_name, write_result
+from edgekit.conversion import (
+    Conversion,
+    Given,
+    check_target,
+    convert_with_proof,
+    default_name,
+    write_result,
+)
 from edgekit.convert import install_line, missing_extra, paths_for
 from edgekit.data import open_dataset
 from edgekit.formats import detect
@@ -89,6 +96,7 @@ def convert(
         observer.phase("read the model")
         artifact = open_model(model, reading=reading)
         target = out or Path(default_name(artifact, to))
+        check_target(target, to)
         samples = open_dataset(data, artifact.inputs, cache) if data else None
         found = convert_with_proof(
             artifact,
