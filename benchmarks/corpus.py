@@ -388,6 +388,7 @@ _REFUSED = (
     ("silero-vad*.onnx", "ncnn", "control flow (If)"),
     ("silero-vad.jit", "ncnn", "control flow (prim::If)"),
     ("profanity.joblib", "ncnn", "string"),
+    ("silabs/*.tflite", "ncnn", "ncnn takes float32 and int32 only"),
 )
 #: cells that are quick enough for every run of the tests; digits are among the claims
 _SMALL = {
