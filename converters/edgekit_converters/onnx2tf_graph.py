@@ -86,7 +86,8 @@ def _check_branches(graph: Any) -> None:
                 raise ModelError(
                     f"onnx2tf cannot convert the model: the branches of If "
                     f"{node.name.removeprefix(_CHOICE)!r} make shapes {then} and {other} of "
-                    f"{node.outputs[0].name!r}; make the input that decides a constant (--set NAME=NUMBER)"
+                    f"{node.outputs[0].name!r}; make the input that decides a constant "
+                    "(--set NAME=NUMBER)"
                 )
 
 
