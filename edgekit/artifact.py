@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekit import sandbox
 from edgekit.cache import file_sha256
-from edgekit.errors import ModelError, one_line
+from edgekit.errors import ModelError, UsageError, one_line
 from edgekit.formats import detect
 from edgekit.reading import Reading
 from edgekit_runtime.loading import load
@@ -130,8 +130,17 @@ def artifact_of(
 
     Raises:
         ModelError: its files are not there any more.
+        UsageError: `reading` names an input that there is not.
     """
     found = detect(str(source))
+    if found.format not in SOURCES:
+        for option in ("signature", "weights"):
+            if getattr(reading, option):
+                raise UsageError(f"--{option} is not for {FORMAT_NAMES[found.format]} models")
+    names = [one["name"] for one in specs["inputs"]]
+    for name in reading.inputs:
+        if found.format not in SOURCES and name not in names:
+            raise UsageError(f"no input {name!r}; inputs: {', '.join(map(repr, names))}")
     files = found.files + ((reading.weights,) if reading.weights else ())
     files += tuple(Path(one) for one in specs.get("files", ()))
     return Artifact(

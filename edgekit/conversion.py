@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgekit import sandbox
 from edgekit.artifact import FORMAT_NAMES, Artifact, TensorSpec
-from edgekit.cache import Cache, write_atomically
+from edgekit.cache import Cache, file_sha256, write_atomically
 from edgekit.convert import SUFFIX, Step, along, paths_for
 from edgekit.data import Dataset
 from edgekit.errors import EdgeKitError, InputError, MissingToolError, ModelError, UsageError
@@ -48,6 +49,9 @@ SAMPLES = 4
 _DATA_SAMPLES = 16
 #: of an output's greatest value, for one rounding of the inputs: other noise may tell more
 _TOO_SENSITIVE = 1e-5
+_ON_AN_EDGE = 1e-3
+#: what is written beside a model's main file
+_BESIDE = {"openvino": (".bin",), "ncnn": (".bin", ".json")}
 #: processes that run a model side by side
 _AT_ONCE = 2
 
@@ -223,9 +227,20 @@ def _proof(
     return replace(found, artifact=replace(result, provenance=(*result.provenance, proof)))
 
 
+@contextmanager
+def _stopped_by_interrupt(limits: sandbox.Limits) -> Iterator[None]:
+    """Ctrl-C ends the children that threads wait for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        limits.cancel.set()
+        raise
+
+
 def _repeated(trial: Trial, chain: Chain, limits: sandbox.Limits | None) -> list[Trial]:
     """The models after the source on its inputs, two at a time."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    limits = limits or sandbox.Limits()
+    with ThreadPoolExecutor(_AT_ONCE) as pool, _stopped_by_interrupt(limits):
         waiting = []
         here = trial.artifact, trial.samples
         for artifact, transposes in chain[1:]:
@@ -270,8 +285,13 @@ def _first_trial(
     apart: outputs that are the same for all of it prove little."""
     source = chain[0][0]
     if given is not None:
-        return given.text, Trial.twice(source, given.samples, limits)
+        trial = Trial.twice(source, given.samples, limits)
+        if given.outputs is not None:
+            return given.text, trial
+        return _steady(given.text, trial)
     specs = _common_specs(chain)
+    if not specs:
+        raise InputError(f"{source.name} takes no inputs: there is nothing to compare it on")
     sizes = {
         dim: size
         for spec in specs
@@ -289,6 +309,7 @@ def _first_trial(
             reason = reason or error
             continue
         inputs = f"{len(noise)} samples of {text} (seed {seed})"
+        inputs, trial = _steady(inputs, trial)
         if trial.varies() and all(one < _TOO_SENSITIVE for one in trial.sensitivity.values()):
             return inputs, trial
         why = "one rounding of them moves the outputs"
@@ -302,6 +323,14 @@ def _first_trial(
         f"{source.name} cannot be run on made-up inputs ({reason}); give real ones with --data, "
         "or its shapes with --inputs"
     )
+
+
+def _steady(inputs: str, trial: Trial) -> tuple[str, Trial]:
+    """Without samples on an edge of the model's, and said so."""
+    steady = trial.steady(_ON_AN_EDGE)
+    left = len(trial.samples) - len(steady.samples)
+    said = f"; {left} left out, at which one rounding changes the answer" if left else ""
+    return f"{inputs}{said}", steady
 
 
 def _common_specs(chain: Chain) -> tuple[TensorSpec, ...]:
@@ -337,10 +366,26 @@ def _common_specs(chain: Chain) -> tuple[TensorSpec, ...]:
 
 def default_name(artifact: Artifact, target: str) -> str:
     """The file name of the result: the model's own with the format's suffix."""
-    stem = artifact.path.parent.name if artifact.format == "savedmodel" else artifact.path.stem
+    path = artifact.path.resolve()
+    stem = path.parent.name if artifact.format == "savedmodel" else path.stem
     name = f"{stem}{SUFFIX[target]}"
     taken = Path(name).resolve() in {path.resolve() for path in artifact.files}
     return f"{stem}-clean{SUFFIX[target]}" if taken else name
+
+
+def provenance_file(path: Path) -> Path:
+    """Where the provenance of a model at `path` is written."""
+    return path.with_name(f"{path.name}.provenance.json")
+
+
+def made_by_edgekit(path: Path) -> bool:
+    """Whether what is there was written by a conversion, and not changed since."""
+    try:
+        noted = json.loads(provenance_file(path).read_text())
+        files = [path.with_name(Path(name).name) for name in noted["files"]]
+        return path in files and bool(file_sha256(*files) == noted["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_target(path: Path, target: str) -> None:
@@ -358,6 +403,12 @@ def check_target(path: Path, target: str) -> None:
         raise UsageError(f"{path.parent} may not be written into")
     if path.is_dir():
         raise UsageError(f"-o {path} is a folder; wanted a file name")
+    for other in (path.with_suffix(one) for one in _BESIDE.get(target, ())):
+        if other.exists() and not made_by_edgekit(path):
+            raise UsageError(
+                f"{other} would be written, too, but is there already and belongs to something "
+                "else: choose another name with -o"
+            )
 
 
 def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> list[Path]:
@@ -370,10 +421,12 @@ def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> l
     made = conversion.artifact
     check_target(path, made.format)
     written = _place(made, path) if conversion.passed or keep else []
-    note = path.with_suffix(".provenance.json")
+    note = provenance_file(path)
+    if not written:  # what is there may be an older result, which keeps its own
+        note = path.with_name(f"{path.name}.rejected.json")
     document = {
-        "schema": "edgekit.provenance/1", "model": path.name, "sha256": made.sha256,
-        "steps": list(made.provenance),
+        "schema": "edgekit.provenance/1", "files": [one.name for one in written],
+        "sha256": file_sha256(*written) if written else made.sha256, "steps": list(made.provenance),
     }  # fmt: skip
     write_atomically(note, json.dumps(document, indent=1).encode())
     return [*written, note]

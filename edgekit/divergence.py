@@ -110,7 +110,7 @@ def search_by_value(
     agreeing: dict[str, str] = {}
     for one in order:
         array = reference[one]
-        if array.size < _LEAST_TELLING or np.ptp(array) == 0:
+        if array.size < _LEAST_TELLING or np.ptp(array.astype(np.float64)) == 0:
             continue
         values = np.sort(array.astype(np.float64), axis=None)
         for name, theirs in sorted_theirs.get(array.size, []):

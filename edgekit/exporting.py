@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 
 from edgekit.artifact import TensorSpec, open_model
 from edgekit.cache import Cache
-from edgekit.conversion import Given, check_target, convert_with_proof, write_result
+from edgekit.conversion import (
+    Given,
+    check_target,
+    convert_with_proof,
+    write_result,
+)
 from edgekit.convert import SUFFIX, TARGETS
-from edgekit.errors import LimitError, UsageError
+from edgekit.errors import LimitError, UsageError, one_line
 from edgekit.noise import noise_sets
 from edgekit.observer import Observer
 from edgekit.reading import Layout, Reading, parse_inputs
@@ -93,7 +98,7 @@ def export(
         line = next(line for line in found.ledger if not line.passed)
         raise LimitError(
             f"the {target} model does not compute the same, so it was not written: "
-            f"{line.reason()}; the ledger is in {path.with_suffix('.provenance.json')}"
+            f"{line.reason()}; the ledger is in {path}.rejected.json"
         )
     return path
 
@@ -168,7 +173,10 @@ def _by_name(example: Any, specs: Sequence[TensorSpec]) -> dict[str, NDArray[Any
     for spec in specs:
         one = example[spec.name]
         one = one.detach().cpu().numpy() if hasattr(one, "detach") else np.asarray(one)
-        arrays[spec.name] = one.astype(str) if spec.dtype == "string" else one.astype(spec.dtype)
+        try:
+            arrays[spec.name] = one.astype(str if spec.dtype == "string" else spec.dtype)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"example for {spec.name}: {one_line(error)}") from None
     return arrays
 
 

@@ -104,6 +104,15 @@ class Comparison:
         return all(one.passed for one in self.outputs)
 
     @property
+    def unproven(self) -> bool:
+        """Whether nothing is off, but the inputs could not have shown it."""
+        failing = [one for one in self.outputs if not one.passed]
+        return bool(failing) and all(
+            one.max_relative <= one.allowed and all("prove nothing" in a for a in one.alarms)
+            for one in failing
+        )
+
+    @property
     def worst(self) -> OutputParity:
         """The output that differs most."""
         return max(self.outputs, key=lambda one: (not one.passed, one.max_relative))
@@ -160,6 +169,8 @@ def explain(
         if any(not _same(again[name], first[name], line.tolerance.relative) for name in names):
             note = "the reference itself gives other outputs each time (random operators?)"
             return replace(line, note=note)
+        if line.unproven:
+            return replace(line, note="nothing is off on these inputs: give others (--data)")
         where = _first_difference(line, reference, candidate, limits)
     except EdgeKitError as error:
         return replace(line, note=f"where they part is not known: {error}")
@@ -253,14 +264,14 @@ def _output(
     pairs = list(zip(expected, found, strict=True))
     alarms = _alarms(pairs)
     shape = tuple(expected[0].shape)
-    limit = max(tolerance.relative, LAMBDA * sensitivity)
+    limit = min(max(tolerance.relative, LAMBDA * sensitivity), _MOST_ALLOWED)
     if LAMBDA * sensitivity > _MOST_ALLOWED:
         moved = f"{sensitivity:.2g} of its greatest value"
         alarms = (*alarms, f"these inputs prove nothing: one rounding of them moves it by {moved}")
     row = OutputParity(
         name, shape, math.inf, math.inf, limit, sensitivity, None, None, None, alarms, False
     )
-    if any(one.shape != other.shape for one, other in pairs):
+    if any(one.shape != other.shape or _kind(one) != _kind(other) for one, other in pairs):
         return row
     if expected[0].dtype.kind not in "fiub":
         same = all(np.array_equal(one.astype(str), other.astype(str)) for one, other in pairs)
@@ -274,8 +285,9 @@ def _output(
     scale = float(np.max(np.abs(one), initial=0.0)) or 1.0
     noise, signal = float(np.sum((one - other) ** 2)), float(np.sum(one**2))
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
-    if expected[0].dtype.kind in "iub" and not tolerance.quantized:  # counts, labels, places
-        limit = 0.0
+    narrow = expected[0].dtype.itemsize == 1 and expected[0].dtype.kind in "iu"
+    if expected[0].dtype.kind in "iub" and not (tolerance.quantized and narrow):
+        limit = 0.0  # counts, labels, places
     return replace(
         row,
         max_abs=error,
@@ -288,12 +300,22 @@ def _output(
     )
 
 
+def _kind(array: NDArray[Any]) -> str:
+    names = {"f": "float", "i": "integer", "u": "integer", "b": "bool"}
+    return names.get(array.dtype.kind, "text")
+
+
 def _alarms(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for one, other in pairs:
         if one.shape != other.shape:
             found[f"shape {list(one.shape)} became {list(other.shape)}"] = None
             continue
+        if _kind(one) != _kind(other):
+            found[f"{_kind(one)} became {_kind(other)}"] = None
+            continue
+        if one.dtype.kind == "f" and np.any(np.isinf(one) & np.isinf(other) & (one != other)):
+            found["Inf of the other sign"] = None
         if one.dtype.kind != "f" or other.dtype.kind != "f" or not one.size:
             continue
         for test, what in ((np.isnan, "NaN"), (np.isinf, "Inf")):
@@ -305,6 +327,8 @@ def _alarms(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[str, ..
             found["all zero, unlike the reference"] = None
         elif one.size > 1 and np.ptp(other) == 0 and np.ptp(one) > 0:
             found["one value everywhere, unlike the reference"] = None
+    if all(one.dtype.kind == "f" and not np.any(np.isfinite(one)) for one, _ in pairs):
+        found["these inputs prove nothing: the reference gives no finite value"] = None
     return tuple(found)
 
 
@@ -345,7 +369,10 @@ def _first_difference(
     theirs_taps = taps_of(other, _shapes(turned))
     for artifact, found in ((one, ours_taps), (other, theirs_taps)):
         if not found:
-            return f"where they part is not known: one cannot look into {artifact.name}"
+            return (
+                f"where they part is not known: one cannot look into {artifact.name}; convert it "
+                "to ONNX first and check against that"
+            )
     common = matched(ours_taps, theirs_taps)
     output = next(
         ours for ours, theirs in output_names(one, other).items() if theirs == line.worst.name

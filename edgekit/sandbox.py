@@ -240,6 +240,8 @@ def _main() -> None:
         answer = {"error": str(error), "kind": type(error).__name__}
     except MemoryError:
         answer = {"crash": "ran out of memory"}
+    except SystemExit as error:
+        answer = {"crash": f"its code ended the process: sys.exit({error.code})"}
     except Exception as error:
         import traceback
 

@@ -30,12 +30,14 @@ class Trial:
     `sensitivity`: how far each output moves, as a share of its greatest value, when every number
     of the inputs is moved by one rounding. It is the error that no implementation can be without:
     great where the model subtracts nearly equal numbers, takes logarithms near 0, or saturates.
+    `per_sample` is the same for each sample, over all outputs.
     """
 
     artifact: Artifact
     samples: Sequence[Sample]
     outputs: Sequence[Mapping[str, NDArray[Any]]]
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    per_sample: Sequence[float] = ()
 
     @classmethod
     def of(
@@ -64,7 +66,21 @@ class Trial:
             name: _relative([one[name] for one in ours], [one[name] for one in theirs])
             for name in ours[0]
         }
-        return cls(artifact, samples, ours, found)
+        greatest = {name: _greatest([one[name] for one in ours]) for name in ours[0]}
+        per_sample = [
+            max(_error(one[name], other[name]) / (greatest[name] or 1.0) for name in one)
+            for one, other in zip(ours, theirs, strict=True)
+        ]
+        return cls(artifact, samples, ours, found, tuple(per_sample))
+
+    def steady(self, limit: float) -> Trial:
+        """Without the samples at which one rounding of the inputs moves an output by more than
+        `limit` of its greatest value, if others are left: at those the model is on an edge (a
+        tree's threshold, a tie), and either side of it is right."""
+        kept = [place for place, one in enumerate(self.per_sample) if one <= limit]
+        if not kept or len(kept) == len(self.samples):
+            return self
+        return Trial.twice(self.artifact, [self.samples[place] for place in kept])
 
     def varies(self) -> bool:
         """Whether some output tells the samples apart."""
@@ -105,15 +121,26 @@ def _moved(sample: Sample) -> dict[str, NDArray[Any]]:
 
 def _relative(ones: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> float:
     """The greatest difference over the greatest absolute value, over all samples."""
-    error = greatest = 0.0
-    for one, other in zip(ones, others, strict=True):
-        if one.dtype.kind not in "fiub" or one.shape != other.shape:
-            continue
-        a, b = one.astype(np.float64), other.astype(np.float64)
-        sound = np.isfinite(a) & np.isfinite(b)
-        greatest = max(greatest, float(np.max(np.abs(a[sound]), initial=0.0)))
-        error = max(error, float(np.max(np.abs(a[sound] - b[sound]), initial=0.0)))
+    greatest = _greatest(ones)
+    error = max(_error(one, other) for one, other in zip(ones, others, strict=True))
     return error / greatest if greatest else 0.0
+
+
+def _greatest(arrays: Sequence[NDArray[Any]]) -> float:
+    found = 0.0
+    for array in arrays:
+        if array.dtype.kind in "fiub":
+            values = np.abs(array.astype(np.float64))
+            found = max(found, float(np.max(values[np.isfinite(values)], initial=0.0)))
+    return found
+
+
+def _error(one: NDArray[Any], other: NDArray[Any]) -> float:
+    if one.dtype.kind not in "fiub" or one.shape != other.shape:
+        return 0.0
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    sound = np.isfinite(a) & np.isfinite(b)
+    return float(np.max(np.abs(a[sound] - b[sound]), initial=0.0))
 
 
 def output_names(reference: Artifact, candidate: Artifact) -> dict[str, str]:

@@ -91,7 +91,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, EdgeKitError):
         return str(error), error.exit_code
     if isinstance(error, CycloptsError):
-        return f"{error} (see edgekit --help)", 2
+        verb = next((word for word in sys.argv[1:2] if not word.startswith("-")), "")
+        return f"{error} (see {' '.join(['edgekit', verb]).strip()} --help)", 2
     if isinstance(error, OSError):
         if error.errno == errno.ENOSPC:
             return f"the disk is full, writing {error.filename or 'a file'}", 2

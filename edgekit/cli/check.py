@@ -14,6 +14,7 @@ from edgekit.cli.source import SourceOptions
 from edgekit.conversion import Given
 from edgekit.conversion import check as run_check
 from edgekit.data import open_dataset
+from edgekit.errors import UsageError
 from edgekit.reading import Reading
 
 __all__ = ["check"]
@@ -47,6 +48,8 @@ def check(
     json
         One JSON object on stdout (schema edgekit.check/1).
     """
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}; wanted 0 or more")
     reading = (source or SourceOptions()).reading()
     with TerminalObserver() as observer:
         observer.phase("[1/2] read both models")

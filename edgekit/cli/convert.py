@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,10 +20,12 @@ from edgekit.conversion import (
     check_target,
     convert_with_proof,
     default_name,
+    made_by_edgekit,
     write_result,
 )
 from edgekit.convert import install_line, missing_extra, paths_for
 from edgekit.data import open_dataset
+from edgekit.errors import UsageError
 from edgekit.formats import detect
 from edgekit.reading import Layout, parse_values
 from edgekit.sandbox import Limits
@@ -53,7 +56,7 @@ def convert(
 
     The shortest way is taken; where it fails or gives other numbers, the next one is. The ledger
     (what went in, how far each output is off, and what was allowed) is printed and written beside
-    the result as NAME.provenance.json. Exit code 1, and no model, if no way gives the same numbers.
+    the result as FILE.provenance.json. Exit code 1, and no model, if no way gives the same numbers.
 
     Parameters
     ----------
@@ -90,13 +93,22 @@ def convert(
     reading = replace(reading, values=parse_values(set_ or []))
     if explain:
         return _explain(model, to, reading, json=json)
+    for name, value in (("--timeout", timeout), ("--memory-gb", memory_gb), ("--opset", opset)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{name} is {value}; wanted a number above 0")
     cache = Cache()
     limits = Limits(timeout_s=timeout, memory_bytes=int(memory_gb * 1e9) if memory_gb else None)
     with TerminalObserver() as observer:
         observer.phase("read the model")
         artifact = open_model(model, reading=reading)
         target = out or Path(default_name(artifact, to))
+        if target.resolve() in {path.resolve() for path in artifact.files}:
+            raise UsageError(f"-o {target} is the model itself; choose another name")
         check_target(target, to)
+        if out is None and target.exists() and not made_by_edgekit(target):
+            raise UsageError(
+                f"{target} exists, and EdgeKit did not make it: say with -o where to write"
+            )
         samples = open_dataset(data, artifact.inputs, cache) if data else None
         found = convert_with_proof(
             artifact,

@@ -160,9 +160,8 @@ def _show(document: dict[str, Any]) -> None:
         _show_variants(document)
         for step in document["provenance"].get("steps", []):
             tools = ", ".join(f"{k} {v}" for k, v in step.get("tools", {}).items())
-            stdout.print(
-                f"step    {step.get('step')} {step.get('to', '')} with {tools}", markup=False
-            )
+            what = " ".join(filter(None, (step.get("step"), step.get("to"))))
+            stdout.print(f"step    {what}{f' with {tools}' if tools else ''}", markup=False)
 
 
 def _show_model(document: dict[str, Any]) -> None:
@@ -193,10 +192,10 @@ def _show_model(document: dict[str, Any]) -> None:
         + " multiply-accumulates"
     )
     types = document["dtypes"]
+    weights = ", ".join(f"{kind} {size(count)}" for kind, count in types["weights_bytes"].items())
     line(
-        "types: weights "
-        + ", ".join(f"{kind} {size(count)}" for kind, count in types["weights_bytes"].items())
-        + "; activations "
+        (f"types: weights {weights}; " if weights else "types: ")
+        + "activations "
         + ", ".join(f"{count} {kind}" for kind, count in types["activations"].items())
     )
     if document["free_dimensions"]:

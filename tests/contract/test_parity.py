@@ -107,6 +107,7 @@ def _answering(path: Path, operator: str, constant: np.ndarray | None) -> Path:
         ("Pow", np.float32(0), "one value everywhere, unlike the reference"),
         ("Mul", np.float32(np.nan), "NaN where the reference has none"),
         ("Mul", np.array([np.inf, 1, 1, 1], np.float32), "Inf where the reference has none"),
+        ("Reshape", np.array([4, 1], np.int64), "shape [1, 4] became [4, 1]"),
     ],
 )
 def test_alarms(operator, constant, alarm, tmp_path) -> None:
@@ -191,18 +192,23 @@ def test_a_result_that_differs_is_not_written_but_its_ledger_is(tmp_path, cache)
     row = replace(good.ledger[0].outputs[0], passed=False)
     wrong = replace(good, ledger=(replace(good.ledger[0], outputs=(row,)),))
     target = tmp_path / "out.onnx"
-    assert write_result(wrong, target) == [tmp_path / "out.provenance.json"]
+    assert write_result(wrong, target) == [tmp_path / "out.onnx.rejected.json"]
     assert not target.exists()
+    (tmp_path / "out.onnx.rejected.json").unlink()
     assert write_result(wrong, target, keep=True)[0] == target
-    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "out.onnx", "out.provenance.json"}
-    steps = json.loads((tmp_path / "out.provenance.json").read_text())["steps"]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "m.onnx",
+        "out.onnx",
+        "out.onnx.provenance.json",
+    }
+    steps = json.loads((tmp_path / "out.onnx.provenance.json").read_text())["steps"]
     assert [step["step"] for step in steps] == ["clean-up", "parity"]
 
 
 def test_ir_is_written_with_its_weights_beside_it(tmp_path, cache) -> None:
     found = convert_with_proof(open_model(small_cnn(tmp_path / "m.onnx")), "openvino", cache=cache)
     written = write_result(found, tmp_path / "a.b.xml")
-    assert [path.name for path in written] == ["a.b.xml", "a.b.bin", "a.b.provenance.json"]
+    assert [path.name for path in written] == ["a.b.xml", "a.b.bin", "a.b.xml.provenance.json"]
     assert check(open_model(tmp_path / "m.onnx"), open_model(tmp_path / "a.b.xml"))[1].passed
     with pytest.raises(Exception, match=r"does not end in \.xml"):
         write_result(found, tmp_path / "a.onnx")
@@ -243,11 +249,23 @@ def test_convert_on_the_command_line(tmp_path, capsys, monkeypatch) -> None:
     assert not (tmp_path / "m.xml").exists()
     assert run("convert", "m.onnx", "--to", "openvino", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["files"] == ["m.xml", "m.bin", "m.provenance.json"]
+    assert document["files"] == ["m.xml", "m.bin", "m.xml.provenance.json"]
     assert document["ledger"]["passed"] is True
     assert run("convert", "m.onnx", "--to", "onnx") == 0
     assert (tmp_path / "m-clean.onnx").exists()  # never over the source
-    assert run("convert", "m.xml", "--to", "onnx") == 2
+    assert run("convert", "m.onnx", "--to", "onnx", "-o", "m.onnx") == 2
+    assert "is the model itself" in capsys.readouterr().err
+    assert run("convert", "m.onnx", "--to", "openvino", "-o", "m-clean.xml") == 0
+    (tmp_path / "else.bin").write_bytes(b"precious")
+    assert run("convert", "m.onnx", "--to", "openvino", "-o", "else.xml") == 2
+    assert (tmp_path / "else.bin").read_bytes() == b"precious"
+    (tmp_path / "m.tflite").write_bytes(b"the vendor's")
+    assert run("convert", "m.onnx", "--to", "tflite") == 2
+    assert (tmp_path / "m.tflite").read_bytes() == b"the vendor's"
+    assert run("convert", "m.onnx", "--to", "openvino", "--timeout", "nan") == 2
+    assert run("convert", "m.onnx", "--to", "openvino", "--weights", "w.pt", "-o", "q.xml") == 2
+    capsys.readouterr()
+    assert run("convert", "m.xml", "--to", "onnx", "-o", "back.onnx") == 2
     assert "nothing reads OpenVINO IR back" in capsys.readouterr().err
     assert run("convert", "nope.onnx", "--to", "tflite") == 2
     assert run("convert", "m.onnx", "--to", "openvino", "-o", "sub/m.xml") == 2
