@@ -244,11 +244,18 @@ def _count(graph: Graph, name: str) -> int | None:
 
 
 def _requantizing(graph: Graph) -> int:
-    return sum(
-        any(graph.tensors[name].quantized for name in operator.outputs if name)
-        and not graph.folded(operator)
-        for operator in graph.operators
-    )
+    """Operators that round to 8 bits: those with quantized outputs, and TFLite's that have 8-bit
+    weights and float outputs, which round their inputs as they run."""
+    count = 0
+    for operator in graph.operators:
+        if graph.folded(operator):
+            continue
+        made = [graph.tensors[name] for name in operator.outputs if name]
+        read = [graph.tensors[name] for name in operator.inputs if name]
+        weights = any(one.constant and one.quantized and "int" in (one.dtype or "") for one in read)
+        hybrid = graph.format == "tflite" and weights and operator.type != "DEQUANTIZE"
+        count += hybrid or any(one.quantized for one in made)
+    return count
 
 
 # --- outputs ------------------------------------------------------------------------------------

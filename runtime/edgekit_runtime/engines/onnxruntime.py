@@ -150,5 +150,7 @@ def _spec(node: Any) -> TensorSpec:
     shape: List[Dim] = []
     for position, dim in enumerate(node.shape):
         fixed = isinstance(dim, int) and dim > 0
-        shape.append(dim if fixed else (dim or f"{node.name}_{position}"))
+        # Paddle's exporter calls every free dimension "?" or "-1": that makes none equal.
+        named = isinstance(dim, str) and dim not in ("", "?", "-1")
+        shape.append(dim if fixed or named else f"{node.name}_{position}")
     return TensorSpec(node.name, _DTYPES[inner], tuple(shape))
