@@ -73,8 +73,13 @@ def add_openvino_outputs(source: str, target: str, names: Sequence[str]) -> None
     """
     ov = require("openvino", extra="openvino")
     model = ov.Core().read_model(source)
-    ports = {name: port for node in model.get_ordered_ops() for port in node.outputs()
-             for name in (*port.get_names(), node.get_friendly_name())}  # fmt: skip
+    ports = {
+        name: port
+        for node in model.get_ordered_ops()
+        for port in node.outputs()
+        for friendly in [node.get_friendly_name()]
+        for name in (*port.get_names(), friendly, f"{friendly}:{port.get_index()}")
+    }
     for name in names:
         if name not in ports:
             raise ModelError(f"OpenVINO has no tensor {name!r}")

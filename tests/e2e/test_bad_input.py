@@ -59,7 +59,7 @@ def test_damaged_model(how, edgekit, good, tmp_path) -> None:
         ("absent.onnx", "no file"),
         ("model.xyz", "not a model"),
         ("model.h5", "Keras"),
-        ("model.pt", "PyTorch"),
+        ("model.pt", "TorchScript"),
         ("model.pkl", "pickle"),
     ],
 )
