@@ -387,13 +387,16 @@ _REFUSED = (
     ("ppocr-rec.onnx", "ncnn", "torch.unbind"),
     ("silero-vad*.onnx", "ncnn", "control flow (If)"),
     ("silero-vad.jit", "ncnn", "control flow (prim::If)"),
-    ("profanity.joblib", "ncnn", "string"),
+    ("silero-vad.onnx", "openvino", "--set NAME=NUMBER"),
+    ("profanity.joblib", "ncnn", "takes texts"),
+    ("profanity.joblib", "openvino", "takes texts"),
+    ("profanity.joblib", "tflite", "takes texts"),
     ("silabs/*.tflite", "ncnn", "ncnn takes float32 and int32 only"),
 )
 #: cells that are quick enough for every run of the tests; digits are among the claims
 _SMALL = {
     "magika.onnx": TARGETS, "fer.h5": ("tflite",), "fer.tflite": ("onnx", "openvino"),
-    "silero-vad.onnx": ("onnx", "openvino"), "silero-vad.jit": ("onnx",),
+    "silero-vad.onnx": ("onnx",), "silero-vad.jit": ("onnx",),
     "profanity.joblib": ("openvino",), "basic-pitch.tflite": ("onnx",),
 }  # fmt: skip
 _NO_TFLITE = tuple(one for one in TARGETS if one != "tflite")
