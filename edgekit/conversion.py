@@ -40,8 +40,8 @@ from edgekit.parity import (
 from edgekit.trial import Trial, inputs_for
 
 __all__ = [
-    "Attempt", "Conversion", "Given", "check", "check_target", "convert_with_proof", "default_name",
-    "write_result",
+    "Attempt", "Conversion", "Given", "check", "check_target", "convert_with_proof",
+    "default_name", "made_by_edgekit", "provenance_file", "write_result",
 ]  # fmt: skip
 
 #: samples that go through every hop, noise or the user's
