@@ -47,7 +47,7 @@ class Cell:
         wanted = by_name(self.model).expected_refusal(self.target)
         if wanted is None:
             return self.outcome == "same"
-        return self.outcome == "refused" and wanted in self.text
+        return self.outcome in ("refused", "DIFFERS") and wanted in self.text
 
 
 class _Notes(Observer):

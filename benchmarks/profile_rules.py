@@ -21,6 +21,7 @@ arch = "{arch}"
 [engines.onnxruntime]{engine}
 [engines.openvino]{engine}
 [engines.litert]{engine}
+[engines.ncnn]{engine}
 [defaults]
 threads = 1
 {rules}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import ModelError, UsageError, require
-from edgekit_converters.onnx_batchnorm import fold_batchnorm
+from edgekit_converters.onnx_affine import fold_affine
 from edgekit_converters.onnx_files import (
     external_files,
     infer_shapes,
@@ -40,11 +40,11 @@ _MOST_ROUNDS = 20
 
 def clean_up(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
     """Write the model cleaned: opset upgraded, shapes inferred, constants as initializers and
-    folded, BatchNormalization folded, no identities, inference Dropouts, dead nodes and outputs.
+    folded, BatchNormalization and Pad folded into Conv, no identities, inference Dropouts, dead nodes and outputs.
 
     Options: `inputs` (shapes in the source's layout), `values` (inputs that become constants),
     `layout`, `opset`. Facts: `opset`,
-    `operators` [before, after], `folded_batchnorm`, `layouts` {input: permutation of an original
+    `operators` [before, after], `folded`, `layouts` {input: permutation of an original
     array}, `notes`, `files`.
 
     Raises:
@@ -108,7 +108,7 @@ def _clean_up(source: str, target: str, options: dict[str, Any]) -> dict[str, An
     return {
         "opset": opset_of(model),
         "operators": [operators, sum(1 for _ in model.graph.all_nodes())],
-        "folded_batchnorm": folded,
+        "folded": folded,
         "layouts": layouts,
         "notes": notes,
         "files": save_model(model, target),
@@ -144,10 +144,12 @@ def _prepare(model: Any) -> None:
 
 
 def simplify(model: Any) -> int:
-    """Repeat the passes, in place, until nothing changes; returns how many BatchNormalizations
-    are gone. The model's constants must be initializers of its outermost graph."""
+    """Repeat the passes, in place, until nothing changes; returns how many operators went into
+    the one before them. The model's constants must be initializers of its outermost graph."""
     passes = require("onnx_ir.passes.common", extra="onnx")
     optimizer = require("onnxscript.optimizer", extra="onnx")
+    rewriter = require("onnxscript.rewriter", extra="onnx")
+    rules = require("onnxscript.rewriter.rules.common", extra="onnx")
     folded = 0
     before = b""
     for _ in range(_MOST_ROUNDS):
@@ -160,7 +162,8 @@ def simplify(model: Any) -> int:
         )
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.LiftSubgraphInitializersToMainGraphPass()(model)
-        folded += fold_batchnorm(model)
+        rewriter.rewrite(model, pattern_rewrite_rules=[rules.fuse_pad_into_conv_rule])
+        folded += fold_affine(model)
         passes.RemoveUnusedNodesPass()(model)
         passes.RemoveUnusedOpsetsPass()(model)
         passes.NameFixPass()(model)

@@ -236,7 +236,7 @@ def test_batchnorm_is_folded(case: str, tmp_path: Path) -> None:
     nodes, weights = FOLDS[case]
     path = save(tmp_path / "m.onnx", nodes, weights)
     target, facts = cleaned(path)
-    assert facts["folded_batchnorm"] == 1
+    assert facts["folded"] == 1
     assert "BatchNormalization" not in operators(target)
     assert_same(path, target)
 
@@ -251,7 +251,58 @@ def test_batchnorm_folds_into_weights_that_others_use(tmp_path: Path) -> None:
         outputs=[value("y"), value("z")],
     )  # fmt: skip
     target, facts = cleaned(path)
-    assert facts["folded_batchnorm"] == 1
+    assert facts["folded"] == 1
+    assert_same(path, target)
+
+
+AFFINE = {
+    "depthwise": ([node("Conv", ["x", "w"], ["c"], group=3), node("Mul", ["c", "m"], ["d"]),
+                   node("Add", ["a", "d"], ["y"])],
+                  {"w": numbers(3, 1, 3, 3), "m": numbers(1, 3, 1, 1), "a": numbers(3, 1, 1)}, 2),
+    "scalar": ([node("Conv", ["x", "w", "b"], ["c"]), node("Mul", ["m", "c"], ["y"])],
+               {"w": numbers(3, 3, 1, 1), "b": numbers(3), "m": numbers()}, 1),
+    "convtranspose": ([node("ConvTranspose", ["x", "w"], ["c"], group=3),
+                       node("Mul", ["c", "m"], ["y"])],
+                      {"w": numbers(3, 2, 3, 3), "m": numbers(1, 6, 1, 1)}, 1),
+    "gemm": ([node("Flatten", ["x"], ["f"]), node("Gemm", ["f", "w"], ["c"]),
+              node("Add", ["c", "a"], ["y"])], {"w": numbers(60, 3), "a": numbers(3)}, 1),
+    # each of these gives every pixel, or every row, a value of its own, or more channels
+    "pixels": ([node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "m"], ["y"])],
+               {"w": numbers(3, 3, 1, 1), "m": numbers(4, 5)}, 0),
+    "last axis": ([node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "a"], ["y"])],
+                  {"w": numbers(5, 3, 1, 1), "a": numbers(5)}, 0),
+    "broadcast": ([node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "a"], ["y"])],
+                  {"w": numbers(1, 3, 1, 1), "a": numbers(1, 4, 1, 1)}, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AFFINE)
+def test_constants_per_channel_are_folded_and_no_others(case: str, tmp_path: Path) -> None:
+    nodes, weights, count = AFFINE[case]
+    path = save(tmp_path / "m.onnx", nodes, weights)
+    target, facts = cleaned(path)
+    assert facts["folded"] == count
+    assert_same(path, target)
+
+
+PADS = {
+    "zeros": (0.0, [0, 0, 1, 0, 0, 0, 2, 1], True),
+    "ones": (1.0, [0, 0, 1, 0, 0, 0, 2, 1], False),
+    "channels": (0.0, [0, 1, 1, 0, 0, 0, 2, 1], False),
+    "cropping": (0.0, [0, 0, -1, 0, 0, 0, 2, 1], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PADS)
+def test_zeros_around_an_image_go_into_the_convolution(case: str, tmp_path: Path) -> None:
+    filling, pads, gone = PADS[case]
+    nodes = [node("Pad", ["x", "pads", "filling"], ["p"]),
+             node("Conv", ["p", "w"], ["y"], pads=[1, 0, 0, 1])]  # fmt: skip
+    weights = {"pads": np.array(pads), "filling": np.array(filling, np.float32),
+               "w": numbers(3, 3 + pads[1], 2, 2)}  # fmt: skip
+    path = save(tmp_path / "m.onnx", nodes, weights)
+    target, _ = cleaned(path)
+    assert ("Pad" not in operators(target)) == gone
     assert_same(path, target)
 
 
@@ -270,7 +321,7 @@ def test_batchnorm_that_cannot_be_folded_stays(case: str, tmp_path: Path) -> Non
     outputs = [value("y"), value("c")][:count]
     path = save(tmp_path / "m.onnx", nodes, {"w": numbers(3, 3, 1, 1), **BN}, outputs=outputs)
     target, facts = cleaned(path)
-    assert facts["folded_batchnorm"] == 0
+    assert facts["folded"] == 0
     assert_same(path, target)
 
 
@@ -283,7 +334,7 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
         outputs=[value("y", None, half)],
     )  # fmt: skip
     target, facts = cleaned(path)
-    assert facts["folded_batchnorm"] == 1
+    assert facts["folded"] == 1
     x = numbers(1, 3, 4, 4).astype(np.float16)
     before, after = (session(one).run(None, {"x": x})[0] for one in (path, target))
     assert after.dtype == np.float16
