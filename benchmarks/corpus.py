@@ -65,13 +65,14 @@ class Ready:
             f"{name}={'x'.join(map(str, one.shape))}" + (f":{one.dtype}" if one.dtype else "")
             for name, one in reading.inputs.items()
         ]
+        values = [f"{name}={value:g}" for name, value in reading.values.items()]
         return [
             "convert", self.model, "--to", target,
             *(["--trust-source"] if reading.trust_source else []),
             *(["--signature", reading.signature] if reading.signature else []),
             *(["--weights", str(reading.weights)] if reading.weights else []),
             *(["--inputs", *shapes] if shapes else []),
-            *(["--set", *(f"{n}={v:g}" for n, v in reading.values.items())] if reading.values else []),
+            *(["--set", *values] if values else []),
         ]  # fmt: skip
 
 

@@ -40,7 +40,8 @@ _MOST_ROUNDS = 20
 
 def clean_up(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
     """Write the model cleaned: opset upgraded, shapes inferred, constants as initializers and
-    folded, BatchNormalization and Pad folded into Conv, no identities, inference Dropouts, dead nodes and outputs.
+    folded, BatchNormalization and zero padding folded into Conv, no identities, inference Dropouts,
+    dead nodes and outputs.
 
     Options: `inputs` (shapes in the source's layout), `values` (inputs that become constants),
     `layout`, `opset`. Facts: `opset`,
