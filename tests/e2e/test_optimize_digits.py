@@ -7,7 +7,7 @@ import pytest
 
 import edgekit_runtime
 
-pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("onnx2tf")]
+pytestmark = [pytest.mark.measures, pytest.mark.needs("torch"), pytest.mark.needs("onnx2tf")]
 
 
 @pytest.fixture(scope="module")

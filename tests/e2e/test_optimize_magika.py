@@ -10,7 +10,7 @@ import pytest
 
 import edgekit_runtime
 
-pytestmark = [pytest.mark.needs("onnxruntime"), pytest.mark.needs("openvino")]
+pytestmark = [pytest.mark.measures, pytest.mark.needs("onnxruntime"), pytest.mark.needs("openvino")]
 
 FIELDS = {
     "id", "engine", "format", "scheme", "status", "reason", "metric", "metric_drop", "samples",

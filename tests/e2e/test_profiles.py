@@ -12,7 +12,7 @@ from store import fetch_wheel
 
 from edgekit.facts import this_machine
 
-pytestmark = [pytest.mark.needs("onnxruntime"), pytest.mark.needs("litert")]
+pytestmark = [pytest.mark.measures, pytest.mark.needs("onnxruntime"), pytest.mark.needs("litert")]
 
 
 def rule(folder: Path, name: str) -> Path:
