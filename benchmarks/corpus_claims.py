@@ -115,9 +115,9 @@ def silabs(desk: Desk) -> Iterator[Claim]:
     figure = f"{len(loaded) - len(repaired)} as they are, {len(repaired)} repaired"
     refused = [n for n in SILABS_REFUSED if all(c.as_expected() for c in cells[n])]
     yield Claim(
-        "silabs: 12 of 17 .h5 load, 7 as they are, 5 by the repair; the others are refused by name",
+        "silabs: at least 12 of 17 .h5 load, 5 by dropping groups; the others are refused by name",
         f"{figure}, {len(refused)} refused ({', '.join(SILABS_REFUSED[n] for n in refused)})",
-        (len(loaded) - len(repaired), len(repaired), len(refused)) == (7, 5, 5),
+        len(loaded) >= 12 and len(repaired) == 5 and len(refused) == len(names) - len(loaded),
     )
     for place, target in enumerate(("ONNX", "TFLite", "IR")):
         mine = [cells[name][place] for name in loaded]
@@ -127,7 +127,7 @@ def silabs(desk: Desk) -> Iterator[Claim]:
         yield Claim(
             f"silabs .h5 -> {target} within 1e-4",
             f"{len(good)} of {len(mine)}, worst {worst:.1e}" + (f"; not: {bad}" if bad else ""),
-            len(good) == len(mine) == 12,
+            len(good) == len(mine) >= 12,
         )
 
 

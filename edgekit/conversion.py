@@ -41,7 +41,8 @@ from edgekit.trial import Trial, inputs_for
 
 __all__ = [
     "Attempt", "Conversion", "Given", "check", "check_target", "convert_with_proof",
-    "default_name", "made_by_edgekit", "provenance_file", "write_result",
+    "default_name", "made_by_edgekit", "provenance_file", "write_model",
+    "write_result",
 ]  # fmt: skip
 
 #: samples that go through every hop, noise or the user's
@@ -221,7 +222,9 @@ def _proof(
     if len(chain) > 2:
         hops = ledger[len(ledger) - len(chain) + 1 :]
         added = sum(line.tolerance.relative for line in hops)
-        ledger.append(compare(trial, here, Tolerance(added, "the sum over the hops")))
+        rounded = any(line.tolerance.quantized for line in hops)
+        tolerance = Tolerance(added, "the sum over the hops", quantized=rounded)
+        ledger.append(compare(trial, here, tolerance))
     found = Conversion(result, steps, tuple(ledger), inputs)
     proof = {"step": "parity", "of": source.sha256, **found.ledger_json()}
     return replace(found, artifact=replace(result, provenance=(*result.provenance, proof)))
@@ -418,15 +421,27 @@ def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> l
     Raises:
         UsageError: the suffix is not the format's, or the folder is not there.
     """
-    made = conversion.artifact
+    return write_model(conversion.artifact, path, rejected=not (conversion.passed or keep))
+
+
+def write_model(
+    made: Artifact, path: Path, *, rejected: bool = False, more: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """As `write_result`: the model unless it is `rejected`, and beside it its provenance, with
+    what `more` there is to say.
+
+    Raises:
+        UsageError: the suffix is not the format's, or the folder is not there.
+    """
     check_target(path, made.format)
-    written = _place(made, path) if conversion.passed or keep else []
+    written = [] if rejected else _place(made, path)
     note = provenance_file(path)
     if not written:  # what is there may be an older result, which keeps its own
         note = path.with_name(f"{path.name}.rejected.json")
     document = {
         "schema": "edgekit.provenance/1", "files": [one.name for one in written],
         "sha256": file_sha256(*written) if written else made.sha256, "steps": list(made.provenance),
+        **(more or {}),
     }  # fmt: skip
     write_atomically(note, json.dumps(document, indent=1).encode())
     return [*written, note]

@@ -18,7 +18,7 @@ from typing import Any
 from edgekit import sandbox
 from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, artifact_of, read_model
 from edgekit.cache import Cache, content_key
-from edgekit.errors import EdgeKitError, ModelError, UsageError
+from edgekit.errors import EdgeKitError, ModelError, UsageError, pip_install
 from edgekit.reading import Reading
 
 __all__ = [
@@ -258,7 +258,7 @@ def missing_extra(edge: Edge) -> str | None:
 
 def install_line(edge: Edge) -> str:
     """What to type for it. pnnx asks for libraries it does not need, so it comes without them."""
-    line = f"pip install -e '.[{edge.extra}]'"
+    line = pip_install(edge.extra)
     return f"{line}; pip install --no-deps pnnx" if "pnnx" in edge.modules else line
 
 

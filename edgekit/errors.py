@@ -45,6 +45,7 @@ __all__ = [
     "UsageError",
     "by_name",
     "one_line",
+    "pip_install",
     "require",
 ]
 
@@ -91,10 +92,16 @@ def require(module: str, *, extra: str) -> ModuleType:
                 f"pip install --force-reinstall '.[{extra}]'"
             ) from error
         raise MissingExtraError(
-            f"{module} is not installed; in EdgeKit's folder: pip install -e '.[{extra}]'", extra
+            f"{module} is not installed; in EdgeKit's folder: {pip_install(extra)}", extra
         ) from None
     except ImportError as error:
         raise MissingToolError(f"{module} is installed but broken: {one_line(error)}") from error
+
+
+def pip_install(extra: str) -> str:
+    """What to type for an extra. The versions are those of the tests: without them, PyTorch comes
+    with several gigabytes of CUDA."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def by_name(name: str, message: str) -> EdgeKitError:

@@ -335,7 +335,7 @@ def _alarms(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[str, ..
         elif one.size > 1 and np.ptp(other) == 0 and np.ptp(one) > 0:
             found["one value everywhere, unlike the reference"] = None
     if all(one.dtype.kind == "f" and not np.any(np.isfinite(one)) for one, _ in pairs):
-        found["these inputs prove nothing: the reference gives no finite value"] = None
+        found["these inputs prove nothing: the reference itself gives no finite value"] = None
     return tuple(found)
 
 

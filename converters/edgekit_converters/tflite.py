@@ -50,6 +50,7 @@ def to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[str
     accept_options(options, "opset")
     opset = checked_opset(options.get("opset"), _OLDEST_OPSET)
     convert = require("tf2onnx.convert", extra=EXTRA)
+    _teach_gelu()
     with _renamed(source[0], Path(target).parent) as copy:
         try:
             model, _ = convert.from_tflite(str(copy.path), opset=opset)
@@ -57,6 +58,46 @@ def to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[str
             raise ModelError(f"tf2onnx cannot convert the model: {one_line(error)}") from error
         finish(model, target, copy.inputs, copy.outputs, {})
         return {"opset": opset, "notes": copy.notes}
+
+
+def _teach_gelu() -> None:
+    """tf2onnx 1.17 knows TFLite's GELU by name only."""
+    handler = require("tf2onnx.handler", extra=EXTRA)
+
+    def node(ctx: Any, kind: str, *inputs: str) -> str:
+        made = ctx.make_node(
+            kind, list(inputs), skip_conversion=False, dtypes=[ctx.get_dtype(inputs[0])],
+            shapes=[ctx.get_shape(inputs[0])],
+        )  # fmt: skip
+        return str(made.output[0])
+
+    class Gelu:
+        @classmethod
+        def to_tf(cls, ctx: Any, node_: Any, **_: Any) -> None:
+            """x/2 (1 + erf(x / sqrt(2))), or with 2/pi and tanh where it is `approximate`."""
+            x, dtype = node_.input[0], np.float32
+
+            def number(value: float) -> str:
+                name = f"{node_.name}/{value:g}"
+                found = ctx.get_node_by_name(name)
+                made = found or ctx.make_const(name, np.array(value, dtype), skip_conversion=True)
+                return str(made.output[0])
+
+            inner = node(ctx, "Mul", x, number(0.5**0.5))
+            if node_.attr["approximate"].i:
+                cube = node(ctx, "Mul", node(ctx, "Mul", x, x), x)
+                inner = node(ctx, "Add", x, node(ctx, "Mul", cube, number(0.044715)))
+                inner = node(ctx, "Mul", inner, number((2 / np.pi) ** 0.5))
+            kind = "Tanh" if node_.attr["approximate"].i else "Erf"
+            half = node(ctx, "Mul", node(ctx, "Add", node(ctx, kind, inner), number(1.0)),
+                        number(0.5))  # fmt: skip
+            made = node(ctx, "Mul", half, x)
+            ctx.replace_all_inputs(node_.output[0], made)
+            outputs = [made if name == node_.output[0] else name for name in ctx.outputs]
+            ctx.outputs[:] = outputs
+            ctx.remove_node(node_.name)
+
+    handler.tfl_op(["TFL_GELU"])(Gelu)
 
 
 def to_openvino(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:

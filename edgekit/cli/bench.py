@@ -120,6 +120,13 @@ def _loadable(
     return found.artifact.path, wanted
 
 
+def _size(path: Path) -> int:
+    """With its weights, where these are in a file of their own."""
+    weights = path.with_suffix(".bin")
+    beside = path.suffix in (".xml", ".param") and weights.is_file()
+    return path.stat().st_size + (weights.stat().st_size if beside else 0)
+
+
 def _document(
     model: str,
     path: Path,
@@ -133,7 +140,7 @@ def _document(
         "schema": "edgekit.bench/1",
         "model": str(model),
         "sha256": file_sha256(path),
-        "size_bytes": path.stat().st_size,
+        "size_bytes": _size(path),
         "engine": engine,
         "engine_version": taken.engine_version,
         "threads": threads,

@@ -14,6 +14,7 @@ import pytest
 from store import fetch_wheel
 
 from edgekit import sandbox
+from edgekit.graph import read_graph
 from edgekit_runtime import load
 
 pytestmark = [
@@ -100,6 +101,7 @@ def world(tmp_path_factory) -> World:
             made.ask(f"{name}.tflite", f"{SAVED}:to_tflite", f"{name}.saved", f"{name}.tflite")
         made.ask(f"{name}.onnx", f"{SAVED}:to_onnx", f"{name}.saved", f"{name}.onnx")
         made.ask(f"{name}.xml", f"{SAVED}:to_openvino", f"{name}.saved", f"{name}.xml")
+    made.ask("again.onnx", f"{TFLITE}:to_onnx", "net.tflite", "again.onnx")
     made.ask("live.onnx", f"{SAVED}:to_onnx", "live", "live.onnx")
     made.ask("pair no tflite", f"{SAVED}:to_tflite", "pair.saved", "pair.tflite")
     fixed = {"zeta": {"shape": [1, 6, 4]}, "alpha": {"shape": [1, 3]}}
@@ -327,6 +329,18 @@ def test_int8_tflite_stays_int8(world, name) -> None:
     found = run(world.folder / name, {"input_1_int8": data})["Identity_int8"]
     assert found.dtype == np.int8
     assert np.abs(found.astype(int) - theirs).max() <= 1
+
+
+def test_gelu_of_tflite_reaches_onnx(world) -> None:
+    world.result("again.onnx")
+    operators = read_graph(world.folder / "net.tflite").operators
+    assert any(one.type == "GELU" for one in operators)
+    inputs, _ = world.noted("net")
+    with load(world.folder / "net.tflite") as session:
+        inputs = {name: inputs[name][:1] for name in (spec.name for spec in session.inputs)}
+    theirs = run(world.folder / "net.tflite", inputs)
+    for name, found in run(world.folder / "again.onnx", inputs).items():
+        np.testing.assert_allclose(found, theirs[name], atol=1e-5)
 
 
 def test_dynamic_range_is_told(world) -> None:

@@ -208,7 +208,7 @@ def test_install_lines_keep_their_brackets(edgekit, monkeypatch, capsys) -> None
         "name": "x",
         "version": None,
         "ok": False,
-        "detail": "pip install -e '.[tflite-convert]'",
+        "detail": "pip install -c constraints.txt -e '.[tflite-convert]'",
     }
     doctor._show(
         {

@@ -139,7 +139,7 @@ def test_child_dies_with_a_killed_parent(tmp_path) -> None:
 
 def test_require_tells_missing_from_broken(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -c constraints.txt -e '\.\[onnx\]'"):
         require("edgekit_no_such_library", extra="onnx")
     (tmp_path / "half_installed.py").write_text("import edgekit_no_such_library")
     with pytest.raises(Exception, match="installed but broken: it needs edgekit_no_such_library"):
