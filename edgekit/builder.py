@@ -61,7 +61,7 @@ class Builder:
             EdgeKitError: a converter or quantizer refuses it, crashed, or went over its limits.
         """
         artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
-        if candidate.scheme.kind == "fp32":
+        if candidate.scheme.kind in ("fp32", "bf16"):
             return artifact
         return quantize(
             artifact, candidate.scheme, self.split.calibration_data, self.split.calibration,
@@ -132,7 +132,7 @@ class Builder:
                 "edgekit.evaluate:evaluate",
                 {
                     "model": str(artifact.path),
-                    "options": {"engine": candidate.engine},
+                    "options": {"engine": candidate.engine, "precision": candidate.precision},
                     "data": {
                         "folder": str(self.data.folder),
                         "sha256": self.data.sha256,
@@ -159,8 +159,8 @@ class Builder:
         if metric not in METRICS:  # the user's function: what it says, not what it is called
             metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
         return content_key(
-            kind="evaluate", recipe=2, model=artifact.sha256, data=self.data.sha256,
+            kind="evaluate", recipe=3, model=artifact.sha256, data=self.data.sha256,
             samples=samples.tolist(), metric=metric, engine=tool_versions((engine,)),
             # int8 results depend on the CPU's instructions, and the drop on the reference
-            isa=self.isa, reference=self.source.sha256,
+            isa=self.isa, reference=self.source.sha256, precision=candidate.precision,
         )  # fmt: skip

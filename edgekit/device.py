@@ -163,6 +163,7 @@ class Quantization(Facts):
     `per_channel`: a scale per output channel of the weights is allowed. `activations` and
     `weights` are the types allowed (None: any). `symmetric`: activations must have zero point 0.
     `reduce_range`: weights in 7 bits, since 8-bit pair sums saturate in int16 on this CPU.
+    `float_operators`: operators that must stay float, by ONNX's names (Softmax) or the format's.
     """
 
     per_channel: bool = True
@@ -170,6 +171,7 @@ class Quantization(Facts):
     reduce_range: bool = False
     activations: list[Activation] | None = None
     weights: list[Weight] | None = None
+    float_operators: list[str] = []
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -1,58 +1,50 @@
-"""Metrics with paired intervals: a candidate against the reference on the same samples.
+"""Runs models over samples: outputs become rows, rows figures with intervals.
 
-A metric turns each sample's outputs into a short row of numbers (`digest`) and many rows into one
-figure (`reduce`). Rows are kept, so any two models evaluated on the same samples can be compared
-pairwise without running them again.
+What runs in child processes: `evaluate` for candidates of an optimization, paired with the
+reference; `assess` for one model in full.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.data import Dataset, load_function
-from edgekit.errors import InputError, ModelError, UsageError, one_line
+from edgekit.data import Dataset
+from edgekit.errors import InputError, ModelError, UsageError
 from edgekit.execute import outputs_of
+from edgekit.intervals import Z
+from edgekit.metrics import (
+    METRICS,
+    Labels,
+    Metric,
+    Outputs,
+    Rows,
+    class_table,
+    cosine_of,
+    metric_named,
+    scores_of,
+)
+from edgekit.subject import Subject
 
-__all__ = ["METRICS", "Metric", "evaluate", "metric_named", "paired_interval"]
-
-Rows = NDArray[np.float64]
-Outputs = dict[str, NDArray[Any]]
+__all__ = ["METRICS", "Metric", "assess", "evaluate", "metric_named", "paired_interval"]
 
 _BOOTSTRAP_RUNS = 1000
 _BOOTSTRAP_BUDGET_S = 20.0
 _KEPT_OUTPUT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How good outputs are.
-
-    `digest(outputs, reference_outputs)` gives one row per sample; `reduce(rows, labels)` one
-    figure. `counts` says that the figure is the share of samples answered right.
-    """
-
-    name: str
-    digest: Callable[[Outputs, Outputs | None], NDArray[Any]]
-    reduce: Callable[[Rows, NDArray[Any] | None], float]
-    higher_is_better: bool = True
-    needs_labels: bool = True
-    counts: bool = False
-
-    def drop(self, value: float, reference: float) -> float:
-        """How much worse than the reference, in the metric's units; positive is worse."""
-        return reference - value if self.higher_is_better else value - reference
+#: a confusion matrix with more classes is given by its most confused pairs only
+_MOST_CLASSES = 300
+_MOST_PAIRS = 50
 
 
 def paired_interval(
-    metric: Metric, rows: Rows, reference: Rows, labels: NDArray[Any] | None, *, seed: int = 0
-) -> tuple[float, float] | None:
+    metric: Metric, rows: Rows, reference: Rows, labels: Labels, *, seed: int = 0,
+    budget_s: float = _BOOTSTRAP_BUDGET_S,
+) -> tuple[float, float] | None:  # fmt: skip
     """95 % interval of the drop, from paired samples; None when there are too few.
 
     For metrics that count samples: the adjusted Wald interval of a difference of paired
@@ -63,22 +55,23 @@ def paired_interval(
     n = len(rows)
     if n < 8:
         return None
-    if metric.counts and labels is not None:
-        right, was = _hits(rows, labels), _hits(reference, labels)
+    if metric.hits is not None and metric.counts and labels is not None:
+        right, was = metric.hits(rows, labels), metric.hits(reference, labels)
         lost = float((was & ~right).sum()) + 0.5
         won = float((right & ~was).sum()) + 0.5
         total = n + 2.0
         middle = (lost - won) / total
-        spread = 1.959964 * np.sqrt(lost + won - (lost - won) ** 2 / total) / total
+        spread = Z * np.sqrt(lost + won - (lost - won) ** 2 / total) / total
         return middle - float(spread), middle + float(spread)
     rng = np.random.default_rng(seed)
     drops = []
-    deadline = time.monotonic() + _BOOTSTRAP_BUDGET_S
+    deadline = time.monotonic() + budget_s
     for _ in range(_BOOTSTRAP_RUNS):
         pick = rng.integers(0, n, n)
         some = None if labels is None else labels[pick]
-        value, base = metric.reduce(rows[pick], some), metric.reduce(reference[pick], some)
-        if np.isfinite(value) and np.isfinite(base):
+        value = _defined(metric, rows[pick], some)
+        base = _defined(metric, reference[pick], some)
+        if math.isfinite(value) and math.isfinite(base):
             drops.append(metric.drop(value, base))
         if time.monotonic() > deadline:
             break
@@ -88,188 +81,15 @@ def paired_interval(
     return float(low), float(high)
 
 
-# --- the metrics --------------------------------------------------------------------------------
+def _defined(metric: Metric, rows: Rows, labels: Labels) -> float:
+    """The figure; NaN where these samples leave out what it needs."""
+    try:
+        return metric.reduce(rows, labels)
+    except UsageError:
+        return math.nan
 
 
-def _first(outputs: Outputs) -> NDArray[Any]:
-    return np.asarray(next(iter(outputs.values())))
-
-
-def _scores(outputs: Outputs) -> NDArray[Any]:
-    """One sample's scores as a vector, from the first output."""
-    return _first(outputs).astype(np.float64).reshape(-1)
-
-
-def _top(count: int) -> Callable[[Outputs, Outputs | None], NDArray[Any]]:
-    def digest(outputs: Outputs, _: Outputs | None) -> NDArray[Any]:
-        scores = _scores(outputs)
-        if len(scores) == 1:  # a single probability: class 1 from one half on
-            return np.array([float(scores[0] >= 0.5)] + [-1.0] * (count - 1))
-        best = np.argsort(-scores, kind="stable")[:count].astype(np.float64)
-        return np.pad(best, (0, count - len(best)), constant_values=-1.0)
-
-    return digest
-
-
-def _integer(labels: NDArray[Any] | None) -> NDArray[Any]:
-    if labels is None:
-        raise UsageError("this metric needs labels, the data has none")
-    if labels.ndim != 1 or labels.dtype.kind not in "iub":
-        raise InputError(
-            f"labels are {labels.dtype} of shape {list(labels.shape)}; this metric wants one "
-            "class number per sample"
-        )
-    return np.asarray(labels).astype(np.int64)
-
-
-def _hits(rows: Rows, labels: NDArray[Any] | None) -> NDArray[np.bool_]:
-    return np.asarray((rows == _integer(labels)[:, None]).any(axis=1))
-
-
-def _hit_rate(rows: Rows, labels: NDArray[Any] | None) -> float:
-    return float(_hits(rows, labels).mean())
-
-
-def _per_class(rows: Rows, labels: NDArray[Any] | None) -> NDArray[np.float64]:
-    """(classes, 3): true positives, predicted, actual; two classes 0 and 1 give only class 1."""
-    truth, guess = _integer(labels), rows[:, 0].astype(np.int64)
-    classes = np.union1d(truth, guess)
-    if set(classes.tolist()) <= {0, 1}:
-        classes = np.array([1])
-    return np.array(
-        [
-            [((guess == c) & (truth == c)).sum(), (guess == c).sum(), (truth == c).sum()]
-            for c in classes
-        ],
-        np.float64,
-    )
-
-
-def _precision(rows: Rows, labels: NDArray[Any] | None) -> float:
-    table = _per_class(rows, labels)
-    return float(np.mean(table[:, 0] / np.maximum(table[:, 1], 1)))
-
-
-def _recall(rows: Rows, labels: NDArray[Any] | None) -> float:
-    table = _per_class(rows, labels)
-    return float(np.mean(table[:, 0] / np.maximum(table[:, 2], 1)))
-
-
-def _f1(rows: Rows, labels: NDArray[Any] | None) -> float:
-    table = _per_class(rows, labels)
-    return float(np.mean(2 * table[:, 0] / np.maximum(table[:, 1] + table[:, 2], 1)))
-
-
-def _auc(rows: Rows, labels: NDArray[Any] | None) -> float:
-    """Area under the ROC curve, by ranks (Mann-Whitney); more classes: mean of one-vs-rest."""
-    truth = _integer(labels)
-    if rows.shape[1] == 1:
-        return _rank_auc(rows[:, 0], truth == 1)
-    if rows.shape[1] == 2:
-        return _rank_auc(rows[:, 1], truth == 1)
-    found = [_rank_auc(rows[:, c], truth == c) for c in np.unique(truth) if c < rows.shape[1]]
-    return float(np.mean(found))
-
-
-def _rank_auc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
-    count = int(positive.sum())
-    others = len(positive) - count
-    if not count or not others:
-        return float("nan")
-    _, inverse, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    ranks = (last - (sizes - 1) / 2.0)[inverse]
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
-
-
-def _error(power: int) -> Callable[[Rows, NDArray[Any] | None], float]:
-    def reduce(rows: Rows, labels: NDArray[Any] | None) -> float:
-        if labels is None:
-            raise UsageError("this metric needs labels, the data has none")
-        target = np.asarray(labels, np.float64).reshape(len(labels), -1)
-        if target.shape != rows.shape:
-            raise InputError(
-                f"labels have {target.shape[1]} values per sample, the first output has "
-                f"{rows.shape[1]}"
-            )
-        return float(np.mean(np.abs(rows - target) ** power) ** (1 / power))
-
-    return reduce
-
-
-def _cosine(outputs: Outputs, reference: Outputs | None) -> NDArray[Any]:
-    if reference is None:
-        return np.array([1.0])
-    return np.array([min(_cosine_of(outputs[n], reference[n]) for n in reference)])
-
-
-def _cosine_of(left: NDArray[Any], right: NDArray[Any]) -> float:
-    a, b = left.astype(np.float64).ravel(), right.astype(np.float64).ravel()
-    if a.shape != b.shape:
-        return float("nan")
-    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if norm == 0.0:
-        return 1.0 if np.array_equal(a, b) else 0.0
-    return float(a @ b) / norm
-
-
-def _mean(rows: Rows, _: NDArray[Any] | None) -> float:
-    return float(rows.mean())
-
-
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("top1", _top(1), _hit_rate, counts=True),
-        Metric("top5", _top(5), _hit_rate, counts=True),
-        Metric("accuracy", _top(1), _hit_rate, counts=True),
-        Metric("precision", _top(1), _precision),
-        Metric("recall", _top(1), _recall),
-        Metric("f1", _top(1), _f1),
-        Metric("auc", lambda outputs, _: _scores(outputs), _auc),
-        Metric("mae", lambda outputs, _: _scores(outputs), _error(1), higher_is_better=False),
-        Metric("rmse", lambda outputs, _: _scores(outputs), _error(2), higher_is_better=False),
-        Metric("cosine", _cosine, _mean, needs_labels=False),
-    )
-}
-
-
-def metric_named(name: str) -> Metric:
-    """A metric by name, or the user's `module.py:function(outputs, labels) -> float`.
-
-    Raises:
-        UsageError: unknown name, or the user's function cannot be loaded.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    if ".py:" not in name:
-        raise UsageError(f"no metric {name!r}; known: {', '.join(METRICS)}, or module.py:function")
-    return _users_metric(name)
-
-
-def _users_metric(name: str) -> Metric:
-    function = load_function(name, what="--metric")
-    layout: list[tuple[str, tuple[int, ...], int]] = []
-
-    def digest(outputs: Outputs, _: Outputs | None) -> NDArray[Any]:
-        layout[:] = [(k, v.shape, v.size) for k, v in outputs.items()]
-        return np.concatenate([v.astype(np.float64).ravel() for v in outputs.values()])
-
-    def reduce(rows: Rows, labels: NDArray[Any] | None) -> float:
-        outputs, start = {}, 0
-        for key, shape, size in layout:
-            part = rows[:, start : start + size]
-            outputs[key] = part.reshape(len(rows), *(shape[1:] if shape[:1] == (1,) else shape))
-            start += size
-        try:
-            return float(function(outputs, labels))
-        except Exception as error:
-            raise UsageError(f"--metric {name} fails: {one_line(error)}") from error
-
-    return Metric(name, digest, reduce, needs_labels=False)
-
-
-# --- in the child -------------------------------------------------------------------------------
+# --- candidates of an optimization: runs in the child -------------------------------------------
 
 
 def evaluate(
@@ -288,30 +108,32 @@ def evaluate(
     `reference` is the folder an earlier call made for the reference model on the same samples.
     """
     chosen = metric_named(metric)
+    if chosen.name == "sqnr":
+        raise UsageError("sqnr is for edgekit eval; without labels, decide by cosine or agreement")
     samples = np.load(indices)
     dataset = Dataset(Path(data["folder"]), data["sha256"], data["source"])
     labels = None if dataset.labels is None else np.asarray(dataset.labels[samples])
     if chosen.needs_labels and labels is None:
         raise UsageError(f"--metric {metric} needs labels; {dataset.source} has no array 'labels'")
     base = Path(reference) if reference else None
-    store = None if base else _OutputStore(Path(folder), everything=metric == "cosine")
-    rows, cosines, broken = [], [], 0
+    store = None if base else _OutputStore(Path(folder), everything=chosen.needs_reference)
+    rows, cosines, broken = _RowFile(Path(folder) / "rows"), [], 0
     for position, outputs in enumerate(outputs_of(Path(model), options, dataset, samples)):
         named = _canonical(outputs, base, store)
-        broken += not all(np.isfinite(v).all() for v in named.values() if v.dtype.kind == "f")
+        if position == 0:
+            _check_labels(chosen, labels, named, dataset.source)
+        broken += not _sound(named)
         kept = _OutputStore.load(base, position) if base else None
-        rows.append(chosen.digest(named, kept))
+        rows.add(chosen.digest(named, kept, None if labels is None else labels[position]))
         if kept is not None:
-            cosines.append(float(_cosine(named, kept)[0]))
+            cosines.append(cosine_of(named, kept))
         if store is not None:
             store.add(position, named)
-    table = np.asarray(rows, np.float64)
-    np.save(Path(folder) / "rows.npy", table)
-    _check_labels(chosen, labels, table, dataset.source, next(iter(named.values())))
+    table = rows.array()
     value = chosen.reduce(table, labels)
     result: dict[str, Any] = {"metric": value, "samples": len(table), "broken": int(broken)}
     if base is not None:
-        before = np.load(base / "rows.npy")
+        before = _RowFile(base / "rows").array()
         was = chosen.reduce(before, labels)
         result |= {
             "drop": chosen.drop(value, was),
@@ -319,6 +141,10 @@ def evaluate(
             "cosine": float(np.min(cosines)) if cosines else None,
         }
     return result
+
+
+def _sound(outputs: Outputs) -> bool:
+    return all(np.isfinite(v).all() for v in outputs.values() if v.dtype.kind == "f")
 
 
 def _canonical(outputs: Outputs, base: Path | None, store: _OutputStore | None) -> Outputs:
@@ -335,30 +161,267 @@ def _canonical(outputs: Outputs, base: Path | None, store: _OutputStore | None) 
     raise ModelError(f"conversion renamed outputs: {', '.join(names)} became {', '.join(outputs)}")
 
 
-def _check_labels(
-    metric: Metric,
-    labels: NDArray[Any] | None,
-    rows: Rows,
-    source: str,
-    output: NDArray[Any],
-) -> None:
+def _check_labels(metric: Metric, labels: Labels, outputs: Outputs, source: str) -> None:
     """Class numbers must be ones the model can answer."""
-    if labels is None or metric.name not in (
-        "top1",
-        "top5",
-        "accuracy",
-        "precision",
-        "recall",
-        "f1",
-    ):
+    if labels is None or not metric.classes or labels.ndim != 1 or labels.dtype.kind not in "iub":
         return
-    numbers = _integer(labels)
-    classes = max(2, output.size)
-    if numbers.min() < 0 or numbers.max() >= classes:
+    first = next(iter(outputs.values()))
+    if first.size == 1 and first.dtype.kind in "iu":  # it names a class
+        return
+    classes = max(2, scores_of(outputs).size)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
         raise InputError(
-            f"{source}: labels go from {numbers.min()} to {numbers.max()}; the model's first "
-            f"output has {classes} classes (0 to {classes - 1})"
+            f"{source}: labels go from {low} to {high}; the model's scores are for {classes} "
+            f"classes (0 to {classes - 1})"
         )
+
+
+# --- one model in full: runs in the child -------------------------------------------------------
+
+
+def assess(
+    model: dict[str, Any],
+    data: dict[str, str],
+    *,
+    metrics: list[str],
+    folder: str,
+    reference: str | None = None,
+    keep: bool = False,
+    seed: int = 0,
+    folds: int | None = None,
+) -> dict[str, Any]:
+    """Run a model over all samples; returns its figures with intervals, the spread over `folds`
+    parts, and for classifiers how classes are confused.
+
+    `folder` receives rows and, to `keep`, outputs. `reference` is the folder that an earlier call
+    made for a reference model. Without `metrics`, those that suit labels and outputs are taken.
+    """
+    subject = Subject.of(model)
+    dataset = Dataset(Path(data["folder"]), data["sha256"], data["source"])
+    labels = None if dataset.labels is None else np.asarray(dataset.labels)
+    if labels is not None and labels.dtype.kind in "USiu":
+        labels = subject.class_numbers(labels)
+    base = Path(reference) if reference else None
+    store = _OutputStore(Path(folder), everything=True) if keep else None
+    chosen: list[Metric] = [_asked(name, labels, dataset.source) for name in metrics]
+    files: dict[str, _RowFile] = {}
+    broken: list[int] = []
+    for position, outputs in enumerate(subject.outputs(dataset)):
+        kept = _OutputStore.load(base, position) if base else None
+        named = outputs if kept is None else _as_reference(outputs, kept)
+        if position == 0:
+            chosen = chosen or _usual(
+                labels, named, dataset.source, compared=keep or base is not None
+            )
+            for one in chosen:
+                _check_labels(one, labels, named, dataset.source)
+            files = {one.name: _RowFile(_rows_path(Path(folder), one)) for one in chosen}
+            if any(one.classes or one.name == "auc" for one in chosen):
+                files[""] = _RowFile(Path(folder) / "answers")
+        if not _sound(named):
+            broken.append(position)
+        label = None if labels is None else labels[position]
+        for one in chosen:
+            files[one.name].add(one.digest(named, kept, label))
+        if "" in files:
+            files[""].add(METRICS["top1"].digest(named, None, None))
+        if store is not None:
+            store.names(list(named))
+            store.add(position, named)
+    parts = _parts(labels, dataset.count, folds, seed) if folds else None
+    results = []
+    for one in chosen:
+        rows = files[one.name].array()
+        result = _figure(one, rows, labels, parts, seed)
+        if base is not None and not one.needs_reference:
+            before = _RowFile(_rows_path(base, one)).array()
+            result |= _drop(one, result["value"], rows, before, labels, seed=seed)
+        results.append(result)
+    found: dict[str, Any] = {
+        "samples": dataset.count,
+        "broken": broken[:_MOST_PAIRS],
+        "broken_count": len(broken),
+        "metrics": results,
+    }
+    if "" in files and labels is not None:
+        found |= _confusion(files[""].array(), labels)
+    return found
+
+
+def _rows_path(folder: Path, metric: Metric) -> Path:
+    return folder / f"rows-{metric.name.rpartition(':')[2]}-{len(metric.name)}"
+
+
+def _asked(name: str, labels: Labels, source: str) -> Metric:
+    metric = metric_named(name)
+    if metric.needs_labels and labels is None:
+        raise UsageError(f"--metric {name} needs labels; {source} has no array 'labels'")
+    return metric
+
+
+def _usual(labels: Labels, outputs: Outputs, source: str, *, compared: bool) -> list[Metric]:
+    """Metrics for labels and outputs of these kinds."""
+    scores = scores_of(outputs)
+    if labels is None:
+        if not compared:
+            raise UsageError(
+                f"{source} has no array 'labels': give it class numbers or numbers to reach, or a "
+                "model to compare with (--reference)"
+            )
+        names = ["cosine", "sqnr"]
+        if scores.size > 1 and next(iter(outputs.values())).ndim <= 2:
+            names.append("agreement")
+    elif not _are_classes(labels, outputs):
+        names = ["mae", "rmse"]
+    else:
+        names = ["top1", "f1"]
+        if np.ptp(labels) > 0 and (scores.size > 1 or scores.dtype.kind == "f"):
+            names.append("auc")
+    return [METRICS[name] for name in names]
+
+
+def _are_classes(labels: NDArray[Any], outputs: Outputs) -> bool:
+    """Class numbers; not so where a single number is to be reached."""
+    if labels.dtype.kind not in "iubUS" or labels.size != len(labels):
+        return False
+    first = next(iter(outputs.values()))
+    single = first.dtype.kind == "f" and scores_of(outputs).size == 1
+    return labels.dtype.kind in "US" or not (single and int(labels.max()) > 1)
+
+
+def _as_reference(outputs: Outputs, reference: Outputs) -> Outputs:
+    """Outputs under the reference's names: the same, or those at the same places."""
+    if set(outputs) == set(reference):
+        return {name: outputs[name] for name in reference}
+    if len(outputs) != len(reference):
+        raise InputError(
+            f"the model has the outputs {', '.join(outputs)}, the reference "
+            f"{', '.join(reference)}: wanted as many"
+        )
+    return dict(zip(reference, outputs.values(), strict=True))
+
+
+def _parts(labels: Labels, count: int, folds: int, seed: int) -> NDArray[np.int64]:
+    """The part of each sample, by lot; classes spread evenly."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(count)
+    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iub":
+        order = order[np.argsort(labels[order], kind="stable")]
+    parts = np.empty(count, np.int64)
+    parts[order] = np.arange(count) % folds
+    return parts
+
+
+def _figure(
+    metric: Metric, rows: Rows, labels: Labels, parts: NDArray[np.int64] | None, seed: int
+) -> dict[str, Any]:
+    value = metric.reduce(rows, labels)
+    span = metric.interval_of(rows, labels, seed=seed) if math.isfinite(value) else None
+    found: dict[str, Any] = {
+        "name": metric.name,
+        "value": value if math.isfinite(value) else None,
+        "undefined": "" if math.isfinite(value) else _why_undefined(metric, value, rows),
+        "interval": [span.low, span.high] if span else None,
+        "interval_method": span.method if span else None,
+        "higher_is_better": metric.higher_is_better,
+    }
+    if parts is not None:
+        each = np.array([
+            _defined(metric, rows[parts == k], None if labels is None else labels[parts == k])
+            for k in range(int(parts.max()) + 1)
+        ])  # fmt: skip
+        known = each[np.isfinite(each)]
+        found["folds"] = {
+            "values": [float(one) if math.isfinite(one) else None for one in each],
+            "mean": float(known.mean()) if len(known) else None,
+            "sd": float(known.std(ddof=1)) if len(known) > 1 else None,
+            "least": float(known.min()) if len(known) else None,
+            "greatest": float(known.max()) if len(known) else None,
+        }
+    return found
+
+
+def _why_undefined(metric: Metric, value: float, rows: Rows) -> str:
+    if metric.name == "sqnr" and value > 0:
+        return "the outputs are equal to the reference's"
+    if not np.isfinite(rows).all():
+        return "outputs hold NaN or infinities"
+    if metric.name == "auc":
+        return "the labels hold one class only, or classes without a score"
+    return "there are too few samples"
+
+
+def _drop(
+    metric: Metric, value: float | None, rows: Rows, before: Rows, labels: Labels, *, seed: int
+) -> dict[str, Any]:
+    was = metric.reduce(before, labels)
+    if value is None or not math.isfinite(was):
+        return {"reference": None, "drop": None, "drop_interval": None}
+    span = paired_interval(metric, rows, before, labels, seed=seed, budget_s=10.0)
+    if span is not None and span[0] == span[1]:
+        span = None  # nothing changed: resampling cannot tell how little that proves
+    return {"reference": was, "drop": metric.drop(value, was), "drop_interval": span}
+
+
+def _confusion(answers: Rows, labels: Labels) -> dict[str, Any]:
+    """Each class with its figures, and the matrix (rows: labels, columns: answers)."""
+    table = class_table(answers, labels)
+    cells = table.confusion
+    figures = {
+        what: (table.each(what), *table.limits(what)) for what in ("precision", "recall", "f1")
+    }
+    classes = [
+        {
+            "class": int(number),
+            "samples": int(cells[i].sum()),
+            "answers": int(cells[:, i].sum()),
+            "right": int(cells[i, i]),
+            **{
+                key: value for what, (each, low, high) in figures.items()
+                for key, value in (
+                    (what, float(each[i])), (f"{what}_interval", [float(low[i]), float(high[i])])
+                )
+            },
+        }
+        for i, number in enumerate(table.classes)
+    ]  # fmt: skip
+    wrong = cells - np.diag(np.diag(cells))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
+    pairs = [
+        [int(table.classes[i]), int(table.classes[j]), int(wrong[i, j])]
+        for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]
+    ]  # fmt: skip
+    matrix = cells.astype(int).tolist() if len(cells) <= _MOST_CLASSES else None
+    return {"classes": classes, "confusion": {"matrix": matrix, "most_confused": pairs}}
+
+
+class _RowFile:
+    """Rows of one shape, float64, on disk: memory does not grow with their number."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._shape = path, path.with_suffix(".shape")
+        self._row: tuple[int, ...] | None = None
+        self._file: IO[bytes] | None = None
+
+    def add(self, row: NDArray[Any]) -> None:
+        if self._file is None:
+            self._row, self._file = row.shape, self._path.open("wb")
+            self._shape.write_text(" ".join(map(str, row.shape)))
+        if row.shape != self._row:
+            raise ModelError(
+                f"outputs change their shape from sample to sample ({list(self._row or ())}, "
+                f"{list(row.shape)}); this metric needs one shape"
+            )
+        self._file.write(np.ascontiguousarray(row, np.float64).tobytes())
+
+    def array(self) -> Rows:
+        """Mapped, first axis: samples."""
+        if self._file is not None:
+            self._file.close()
+        shape = tuple(map(int, self._shape.read_text().split()))
+        found: Rows = np.memmap(self._path, np.float64, "r").reshape(-1, *shape)
+        return found
 
 
 class _OutputStore:

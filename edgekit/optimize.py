@@ -199,7 +199,7 @@ class _Run:
         contenders = [
             Contender(
                 row.candidate.id, row.artifact.path, self.job.threads, row.candidate.engine,
-                serious=row.status == "planned",
+                serious=row.status == "planned", precision=row.candidate.precision,
             )
             for row in rows
             if row.artifact is not None and row.evaluation

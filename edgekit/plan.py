@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import util
 
 from edgekit.artifact import FORMAT_NAMES
-from edgekit.compress.quantize import QUANTIZERS
-from edgekit.compress.scheme import Scheme, broken_rule, schemes_for
+from edgekit.compress.quantizers import candidate_schemes, quantizer_for
+from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.convert import install_line, missing_extra, path_between
 from edgekit.device import DeviceProfile
+from edgekit.errors import UsageError
 from edgekit.fit import Fit
 from edgekit.precision import broken_promise
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
 __all__ = ["Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling"]
+
+#: kinds of schemes in the order they are tried
+_ORDER = ("fp32", "int8-static", "int8-dynamic", "int8-weights", "bf16", "fp16")
+#: schemes that the model as it came is run under
+_NOT_MADE = ("fp32", "bf16")
+#: processors that multiply bfloat16, in Linux's words
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Candidate:
     fixed_shapes: bool = False
     reference_only: bool = False
 
+    @property
+    def precision(self) -> str:
+        """What its engine is told to compute floats in."""
+        return "bfloat16" if self.scheme.kind == "bf16" else "float32"
+
 
 def make_plan(
     source_format: str,
@@ -61,13 +73,15 @@ def make_plan(
     source_activations: frozenset[str] = frozenset(["float32"]),
     engine_rulings: Mapping[str, Ruling] | None = None,
     source_ruling: Ruling | None = None,
+    source_quantized: str | None = None,
 ) -> tuple[Candidate, ...]:
     """Candidates in the order they are built, most promising first.
 
     The first is always the reference: the model as it came, in its own format's engine.
     `engine_faults` holds why an engine cannot be used here (None: its probe ran), `engine_rulings`
     what is already known to keep the model from an engine on the device. `free_dimensions`: the
-    model's inputs have some; `source_activations`: the types it computes in as it came.
+    model's inputs have some; `source_activations`: the types it computes in as it came;
+    `source_quantized`: what shows that it is quantized already, which is never done twice.
     """
     native = ENGINE_OF_FORMAT[source_format]
     found = []
@@ -75,20 +89,26 @@ def make_plan(
         fmt = entry.formats[0]
         facts = profile.engines.get(engine)
         fixed = free_dimensions and facts is not None and facts.static_shapes
-        for scheme in schemes_for(fmt, profile.quantization):
+        schemes = candidate_schemes(fmt, profile.quantization)
+        features = set((profile.cpu.features if profile.cpu else None) or ())
+        if engine == "openvino" and _BF16 & features:
+            schemes += (Scheme("bf16"),)
+        for scheme in schemes:
             name = f"{engine}-{scheme.id}{'-fixed' if fixed and scheme.kind == 'fp32' else ''}"
             one = Candidate(name, engine, fmt, scheme, threads, fixed_shapes=fixed)
             ruling = (
                 _absent(engine, profile)
                 or (engine_rulings or {}).get(engine)
-                or _illegal(scheme, profile, source_activations)
+                or _illegal(scheme, fmt, profile, source_activations)
                 or (source_ruling if scheme.kind == "fp32" else None)
             )
-            skip = _why_not(one, source_format, engine_faults.get(engine))
-            found.append(replace(one, skip=str(ruling) if ruling else skip, ruling=ruling))
+            skip = str(ruling) if ruling else None
+            skip = skip or _why_not(one, source_format, engine_faults.get(engine))
+            if source_quantized and scheme.kind != "fp32":
+                skip = f"the model is quantized already: {source_quantized}"
+            found.append(replace(one, skip=skip, ruling=ruling))
     # By scheme first: fp32 everywhere tells early which engines work at all.
-    schemes = [scheme.id for scheme in schemes_for("onnx", profile.quantization)]
-    found.sort(key=lambda c: (schemes.index(c.scheme.id), c.engine != native))
+    found.sort(key=lambda c: (_ORDER.index(c.scheme.kind), c.scheme.id, c.engine != native))
     first, fault = found[0], engine_faults.get(native)
     if first.fixed_shapes:
         free = replace(first, id=f"{native}-fp32", skip=fault, ruling=None, fixed_shapes=False)
@@ -142,9 +162,14 @@ def _absent(engine: str, profile: DeviceProfile) -> Ruling | None:
 
 
 def _illegal(
-    scheme: Scheme, profile: DeviceProfile, source_activations: frozenset[str]
+    scheme: Scheme, fmt: str, profile: DeviceProfile, source_activations: frozenset[str]
 ) -> Ruling | None:
     broken = broken_rule(scheme, profile.quantization, source_activations)
+    if broken is None and scheme.kind not in _NOT_MADE:
+        try:
+            quantizer_for(scheme, fmt)
+        except UsageError as error:  # the rules completed it to something that no tool makes
+            broken = "quantization", str(error)
     if broken is None:
         return None
     return Ruling(profile.id, broken[0], broken[1], _title(profile, broken[0]))
@@ -163,8 +188,6 @@ def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str
         missing = missing_extra(edge)
         if missing:
             return f"converting needs {missing}: {install_line(edge)}"
-    if candidate.scheme.kind != "fp32":
-        _, module, extra, _ = QUANTIZERS[candidate.format]
-        if util.find_spec(module) is None:
-            return f"quantizing needs {module}: pip install -e '.[{extra}]'"
+    if candidate.scheme.kind not in _NOT_MADE:
+        return quantizer_for(candidate.scheme, candidate.format).missing()
     return None

@@ -9,9 +9,19 @@ from edgekit.graph import Graph, Operator
 from edgekit.graph.memory import VIEWS
 from edgekit.graph.model import elements
 
-__all__ = ["activation_types", "broken_promise", "computed_types", "in_8_bits"]
+__all__ = [
+    "STEPS_BETWEEN", "activation_types", "broken_promise", "computed_types", "in_8_bits",
+    "quantized_already", "stored_type",
+]  # fmt: skip
 
 _DEQUANTIZE, _QUANTIZE, _FAKE = "DequantizeLinear", "QuantizeLinear", "FakeQuantize"
+#: operators that only change how numbers are stored
+STEPS_BETWEEN = frozenset(
+    {_DEQUANTIZE, _QUANTIZE, _FAKE, "DynamicQuantizeLinear", "Cast", "Convert", "QUANTIZE",
+     "DEQUANTIZE"}
+)  # fmt: skip
+#: types of values that have a scale
+_SMALL = ("int4", "uint4", "int8", "uint8", "int16", "uint16")
 #: operators that only choose or move values, so work on quantized ones as they are
 _PASSED_THROUGH = VIEWS | {"MaxPool", "Transpose", "Concat", "Slice", "Split", "Relu", "Pad"}
 
@@ -50,6 +60,65 @@ def activation_types(graph: Graph) -> frozenset[str]:
         if name and not graph.tensors[name].constant
     }
     return frozenset(str(one) for one in found if one) or frozenset(["float32"])
+
+
+def stored_type(graph: Graph, name: str) -> str | None:
+    """The type in which a constant is in the file: that of the biggest stored tensor which it is
+    computed from."""
+    makers = {made: one for one in graph.operators for made in one.outputs}
+    seen: set[str] = set()
+    leaves, todo = [], [name]
+    while todo:
+        here = todo.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if here in makers:
+            todo += [one for one in makers[here].inputs if one]
+        else:
+            size = elements(graph.tensors[here].shape)
+            leaves.append((size or 0, graph.tensors[here].dtype))
+    return max(leaves, key=lambda one: one[0])[1] if leaves else None
+
+
+def quantized_already(graph: Graph) -> str | None:
+    """What shows that a model was quantized before, in words; None if nothing does."""
+    steps = [
+        one.type for one in graph.operators
+        if one.canonical in (_QUANTIZE, _DEQUANTIZE) or one.type == _FAKE
+        or one.type.rpartition(":")[2] in _INTEGER_OPERATORS
+    ]  # fmt: skip
+    weights = [
+        name for name, one in graph.tensors.items()
+        if one.quantized and one.dtype in _SMALL and one.constant
+    ]  # fmt: skip
+    if graph.format == "onnx":  # unpacked by Cast and Mul, which engines fold
+        weights += [
+            one.inputs[0] for one in graph.operators
+            if one.type == "Cast" and graph.tensors[one.inputs[0]].constant
+            and graph.tensors[one.inputs[0]].dtype in _SMALL
+            and len(graph.tensors[one.inputs[0]].shape or ()) > 1
+        ]  # fmt: skip
+    if graph.format == "tflite":
+        steps = []
+    if graph.format == "openvino" and not steps:
+        weights = [
+            name for one in graph.operators if one.macs != 0
+            for name in one.inputs[1:]
+            if name and graph.tensors[name].constant and stored_type(graph, name) in _SMALL
+        ]  # fmt: skip
+    if weights:
+        return f"{len(weights)} of its weights are stored as integers with a scale ({weights[0]})"
+    return f"it has {len(steps)} {steps[0]} operators" if steps else None
+
+
+#: of ONNX: what computes with, or unpacks, integers that stand for floats
+_INTEGER_OPERATORS = frozenset(
+    {
+        "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
+        "MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul", "MatMulIntegerToFloat",
+    }
+)  # fmt: skip
 
 
 def _made_in(operator: Operator, graph: Graph, types: dict[str, str | None]) -> str | None:

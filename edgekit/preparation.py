@@ -32,6 +32,7 @@ from edgekit.measure.conditions import conditions
 from edgekit.observer import Diary, Observer
 from edgekit.pipeline import Pipeline, read_pipeline
 from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling
+from edgekit.precision import quantized_already
 from edgekit.profiles import load_profile
 from edgekit.reading import Reading
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
@@ -228,6 +229,7 @@ class _Preparation:
             source_activations=fit.activations if fit else frozenset(["float32"]),
             engine_rulings=engine_rulings(fit) if fit else None,
             source_ruling=source_ruling(fit) if fit else None,
+            source_quantized=quantized_already(fit.graph) if fit else None,
         )  # fmt: skip
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")

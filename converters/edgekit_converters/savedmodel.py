@@ -9,12 +9,13 @@ import dataclasses
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekit.errors import ModelError, one_line, require
+from edgekit.errors import EdgeKitError, ModelError, one_line, require
 from edgekit_converters.tf2onnx import checked_opset, finish
 from edgekit_converters.tf_graph import (
     EXTRA,
@@ -29,7 +30,7 @@ from edgekit_converters.tf_graph import (
 from edgekit_runtime.arrays import write_npz
 from edgekit_runtime.manifest import TensorSpec
 
-__all__ = ["describe", "run", "tensors", "to_onnx", "to_openvino", "to_tflite"]
+__all__ = ["describe", "run", "tensors", "tflite_of", "to_onnx", "to_openvino", "to_tflite"]
 
 _OLDEST_OPSET = 9  # where tf2onnx stops covering Keras' common layers
 _SHAPING = ("inputs", "signature", "trust_source", "layout")
@@ -172,21 +173,40 @@ def to_tflite(source: list[str], target: str, options: dict[str, Any]) -> dict[s
         ModelError: an operator is not among TFLite's; it is named.
     """
     accept_options(options, *_SHAPING)
+    made, frozen = tflite_of(source[0], options, Path(target).parent)
+    Path(target).write_bytes(made)
+    return frozen.facts()
+
+
+def tflite_of(
+    folder: str,
+    options: dict[str, Any],
+    work: Path,
+    configure: Callable[[Any, Any], None] | None = None,
+) -> tuple[bytes, Frozen]:
+    """A TFLite model and the graph it was made of; `configure(tensorflow, converter)` sets what
+    else TensorFlow's converter is to do. Files of the way go into `work`.
+
+    Raises:
+        ModelError: an operator is not among TFLite's; it is named.
+    """
     tf = require("tensorflow", extra=EXTRA)
-    frozen = freeze(source[0], options, layout=options.get("layout"))
-    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
-        saved = str(Path(folder) / "saved")
+    frozen = freeze(folder, options, layout=options.get("layout"))
+    with tempfile.TemporaryDirectory(dir=work) as inner:
+        saved = str(Path(inner) / "saved")
         _save_frozen(tf, frozen, saved)
         # From a SavedModel: from_concrete_functions leaves READ_VARIABLE in Keras 3 models.
         converter = tf.lite.TFLiteConverter.from_saved_model(
             saved, signature_keys=["serving_default"]
         )
+        if configure is not None:
+            configure(tf, converter)
         try:
-            made = converter.convert()
+            return converter.convert(), frozen
+        except EdgeKitError:
+            raise
         except Exception as error:
             raise ModelError(_tflite_blame(error)) from error
-    Path(target).write_bytes(made)
-    return frozen.facts()
 
 
 def to_openvino(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,16 @@ app.command(
 )
 app.command("edgekit.cli.check:check", name="check", help="Check that two models compute the same.")
 app.command(
+    "edgekit.cli.quantize:quantize",
+    name="quantize",
+    help="Quantize a model under one scheme, and account for every operator.",
+)
+app.command(
+    "edgekit.cli.eval:eval_",
+    name="eval",
+    help="Judge a model on samples: metrics with intervals, and which classes it confuses.",
+)
+app.command(
     "edgekit.cli.inspect:inspect",
     name="inspect",
     help="Show what is in a bundle or a model; judge a model for a device.",

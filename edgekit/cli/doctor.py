@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata, util
+from importlib import metadata
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from edgekit import __version__, sandbox
 from edgekit.cli.console import TerminalObserver, print_json, stdout
-from edgekit.compress.quantize import QUANTIZERS
+from edgekit.compress.quantizers import QUANTIZERS, Quantizer
 from edgekit.convert import (
     CLEAN_UP,
     EDGES,
@@ -47,7 +47,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "machine": this_machine().model_dump(by_alias=True),
         "engines": engines,
         "converters": converters,
-        "quantizers": [_quantizer(fmt) for fmt in QUANTIZERS],
+        "quantizers": [_quantizer(one) for one in QUANTIZERS],
         "warnings": _warnings(),
     }
     if json:
@@ -90,14 +90,12 @@ def _convert_one_operator(edge: Edge) -> str:
     return ""
 
 
-def _quantizer(fmt: str) -> dict[str, Any]:
-    _, module, extra, distributions = QUANTIZERS[fmt]
-    missing = util.find_spec(module) is None
+def _quantizer(one: Quantizer) -> dict[str, Any]:
     return {
-        "name": f"{fmt} ({distributions[0]})",
-        "version": tool_versions(distributions)[distributions[0]],
-        "ok": not missing,
-        "detail": f"{module} is not installed; pip install -e '.[{extra}]'" if missing else "",
+        "name": f"{one.target} ({one.tool})",
+        "version": tool_versions(one.distributions)[one.distributions[0]],
+        "ok": one.missing() is None,
+        "detail": one.missing() or "",
     }
 
 

@@ -1,7 +1,8 @@
-"""Runs a quantizer for a format in a child process, results by content."""
+"""Runs a quantizer in a child process, results by content."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,79 +13,71 @@ from numpy.typing import NDArray
 from edgekit import sandbox
 from edgekit.artifact import Artifact, open_model
 from edgekit.cache import Cache, content_key
+from edgekit.compress.calibration import calibration_request
+from edgekit.compress.quantizers import quantizer_for
 from edgekit.compress.scheme import Scheme
 from edgekit.convert import SUFFIX, tool_versions
 from edgekit.data import Dataset
 
-__all__ = ["QUANTIZERS", "quantize"]
+__all__ = ["quantize"]
 
-#: format -> (function `(source, target, scheme, calibration)`, module, extra, distributions)
-QUANTIZERS = {
-    "onnx": (
-        "edgekit.compress.quantize_onnx:quantize_onnx",
-        "onnx",
-        "onnx",
-        ("onnxruntime", "onnx"),
-    ),
-    "openvino": (
-        "edgekit.compress.quantize_openvino:quantize_openvino",
-        "nncf",
-        "openvino",
-        ("nncf", "openvino"),
-    ),
-    "tflite": (
-        "edgekit.compress.quantize_tflite:quantize_tflite",
-        "litert_quantizer",
-        "tflite-convert",
-        ("litert-quantizer", "ai-edge-litert"),
-    ),
-}
+_FACTS = "facts.json"
 
 
 def quantize(
     artifact: Artifact,
     scheme: Scheme,
-    data: Dataset,
-    indices: NDArray[np.int64],
+    data: Dataset | None = None,
+    indices: NDArray[np.int64] | None = None,
     *,
+    target: str | None = None,
     cache: Cache,
     limits: sandbox.Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
-    """The artifact under a scheme, same format; `indices` are the calibration samples.
+    """The artifact under a scheme; `indices` are the calibration samples. `target` is the format to
+    write, where a quantizer inside a converter does it; else the artifact's own.
 
     Raises:
+        UsageError: no tool makes this scheme of the format.
         ModelError: the quantizer refuses the model.
         ChildError: it crashed or went over its limits.
     """
-    function, _, _, distributions = QUANTIZERS[artifact.format]
-    versions = tool_versions(distributions)
-    needs_data = scheme.kind == "int8-static"
-    calibration = [data.sha256, indices.tolist()] if needs_data else None
+    made_as = target or artifact.format
+    quantizer = quantizer_for(scheme, made_as, source=artifact.format)
+    versions = tool_versions(quantizer.distributions)
+    samples = np.zeros(0, np.int64) if indices is None else indices
+    calibration = None
+    if scheme.needs_data and data is not None:
+        calibration = [data.sha256, samples.tolist()]
     key = content_key(
-        kind="quantize", recipe=3, function=function, source=artifact.sha256,
+        kind="quantize", recipe=6, function=quantizer.function, source=artifact.sha256,
         scheme=scheme.to_json(), calibration=calibration, tools=versions,
     )  # fmt: skip
-    name = f"model{SUFFIX[artifact.format]}"
+    name = f"model{SUFFIX[made_as]}"
 
     def make(folder: Path) -> None:
-        np.save(folder / "calibration.npy", indices)
         request: dict[str, Any] = {
-            "source": [str(p) for p in artifact.files],
+            "source": list(artifact.arguments),
             "target": str(folder / name),
             "scheme": scheme.to_json(),
-            "data": {"folder": str(data.folder), "sha256": data.sha256, "source": data.source},
-            "indices": str(folder / "calibration.npy"),
+            "calibration": calibration_request(data, samples, artifact.inputs, folder)
+            if data is not None
+            else None,
         }
-        sandbox.call(
-            function, request, limits=limits, progress=progress,
-            what=f"quantizing ({distributions[0]})",
+        facts = sandbox.call(
+            quantizer.function, request, limits=limits, progress=progress,
+            what=f"quantizing ({quantizer.tool})",
         )  # fmt: skip
+        (folder / _FACTS).write_text(json.dumps(facts or {}))
 
     folder = cache.folder(key, make)
-    step: dict[str, Any] = {"step": "quantize", "scheme": scheme.to_json(), "tools": versions}
-    if needs_data:
-        step |= {"calibration": data.sha256, "calibration_samples": len(indices)}
+    step: dict[str, Any] = {
+        "step": "quantize", "scheme": scheme.to_json(), "tools": versions,
+        **json.loads((folder / _FACTS).read_text()),
+    }  # fmt: skip
+    if calibration is not None and data is not None:
+        step |= {"calibration": data.sha256, "calibration_samples": len(samples)}
     return open_model(
         folder / name, provenance=(*artifact.provenance, step), called="the quantized model"
     )

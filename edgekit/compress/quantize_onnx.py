@@ -1,112 +1,222 @@
-"""ONNX by onnxruntime.quantization: QDQ, MinMax calibration."""
+"""ONNX by onnxruntime.quantization: QDQ with ranges from `RangeFinder`, dynamic, weights only."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekit.compress.calibration import CalibrationSamples
+from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, Prepared, prepare_onnx, save_onnx
+from edgekit.compress.ranges import RangeFinder
 from edgekit.compress.scheme import Scheme
-from edgekit.errors import ModelError, one_line, require
+from edgekit.compress.weights_onnx import store_fp16, store_int4, store_int8, stored_weights
+from edgekit.errors import EdgeKitError, ModelError, one_line, require
 
 __all__ = ["quantize_onnx"]
 
-_COMPUTE = ["Conv", "MatMul", "Gemm"]
-_PER_CHANNEL_OPSET = 13  # DequantizeLinear takes an axis from opset 13 on
+#: 16-bit and 4-bit integers are standard from here on
+_SMALL_TYPES_OPSET = 21
 
 
 def quantize_onnx(
-    source: list[str], target: str, scheme: dict[str, Any], data: dict[str, str], indices: str
-) -> None:
-    """Write the quantized model. Runs in a child process.
+    source: list[str], target: str, scheme: dict[str, Any], calibration: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write the quantized model; inputs and outputs stay float. Runs in a child process.
+
+    int8-static, int16x8: QuantizeLinear and DequantizeLinear around operators, which ONNX Runtime
+    fuses with them (of int16x8 it computes in float). int8-dynamic: MatMul, Gemm, Conv, LSTM and
+    embeddings. int8-weights: in front of each weight a DequantizeLinear. int4-weights: MatMul and
+    Gemm become MatMulNBits, embeddings GatherBlockQuantized, what else has weights is in 8 bits.
+    fp16: a Cast to float32 in front of each weight.
+
+    Returns facts: `stored`, the number of weights by type, `notes`, and those of the recovery.
 
     Raises:
-        ModelError: the quantizer refuses the model; or nothing in it can be quantized.
+        ModelError: the quantizer refuses the model, it is quantized already, or nothing was
+            quantized.
+        UsageError: no operator makes a tensor of `scheme.keep`.
     """
-    require("onnx", extra="onnx")
+    onnx = require("onnx", extra="onnx")
     tools = require("onnxruntime.quantization", extra="onnx")
-    wanted = Scheme(**scheme)
-    settings: dict[str, Any] = {
-        "weight_type": tools.QuantType.QInt8,
-        "per_channel": wanted.per_channel,
-        "reduce_range": wanted.reduce_range,
-        "op_types_to_quantize": None if wanted.operators == "all" else _COMPUTE,
-    }
-    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
-        prepared = str(Path(folder) / "prepared.onnx")
-        _prepare(source[0], prepared)
+    wanted = Scheme.from_json(scheme)
+    small = wanted.kind in ("int16x8", "int4-weights")
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder, _Quiet():
+        prepared = prepare_onnx(
+            source[0], folder, wanted.keep, _SMALL_TYPES_OPSET if small else None
+        )
+        if wanted.recovery:
+            from edgekit.compress.recover_onnx import recover
+
+            facts = recover(
+                prepared.proto, wanted, CalibrationSamples(calibration), kept=prepared.kept
+            )
         try:
-            if wanted.kind == "int8-dynamic":
-                tools.quantize_dynamic(prepared, target, **settings)
+            if wanted.kind in ("int8-static", "int16x8"):
+                ranges = _ranges(prepared.proto, folder, wanted, CalibrationSamples(calibration))
+                _static(tools, prepared, ranges, target, wanted)
+            elif wanted.kind == "int8-dynamic":
+                _dynamic(tools, prepared, target, wanted)
             else:
-                samples = iter(CalibrationSamples(source[0], data, indices))
-                tools.quantize_static(
-                    prepared, target, _reader(tools, samples),
-                    activation_type=tools.QuantType.QInt8
-                    if wanted.activations == "int8"
-                    else tools.QuantType.QUInt8,
-                    extra_options={"ActivationSymmetric": wanted.symmetric},
-                    calibrate_method=tools.CalibrationMethod.MinMax,
-                    quant_format=tools.QuantFormat.QDQ,
-                    **settings,
-                )  # fmt: skip
-        except OSError:
+                _WEIGHTS[wanted.kind](prepared, wanted)
+                save_onnx(prepared.proto, target)
+        except (OSError, EdgeKitError):
             raise
         except Exception as error:
-            raise ModelError(f"onnxruntime's quantizer fails: {one_line(error)}") from error
-    _require_int8(target)
-
-
-def _reader(tools: Any, samples: Any) -> Any:
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc]  # untyped base
-        def get_next(self) -> Any:
-            return next(samples, None)
-
-    return Reader()
-
-
-def _prepare(source: str, target: str) -> None:
-    """Weights in Constant nodes become initializers, old opsets are upgraded.
-
-    As shipped, such models give an invalid QDQ graph (per-channel DequantizeLinear below opset
-    13) or are not quantized at all.
-    """
-    import onnx
-    from onnx import numpy_helper, version_converter
-
-    model = onnx.load(source)
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < _PER_CHANNEL_OPSET:
-        try:
-            model = version_converter.convert_version(model, _PER_CHANNEL_OPSET)
-        except Exception as error:
-            raise ModelError(
-                f"opset {opset} cannot be upgraded to {_PER_CHANNEL_OPSET}: {one_line(error)}"
-            ) from error
-    kept = []
-    for node in model.graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type != "Constant" or value is None:
-            kept.append(node)
-            continue
-        value.name = node.output[0]
-        # Data may be in any of the typed fields; the quantizer wants it raw.
-        model.graph.initializer.append(
-            numpy_helper.from_array(np.asarray(numpy_helper.to_array(value)), value.name)
-        )
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    onnx.save(model, target)
-
-
-def _require_int8(target: str) -> None:
-    import onnx
-
-    types = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-    if not any(t.data_type in types and t.dims for t in onnx.load(target).graph.initializer):
+            raise ModelError(f"onnxruntime cannot quantize the model: {one_line(error)}") from error
+    made = onnx.load(target, load_external_data=False)
+    stored = stored_weights(made)
+    if not stored and not _rounds(made):
         raise ModelError(
             "nothing was quantized: no operator the scheme covers has constant weights"
         )
+    return _facts(facts, wanted, stored, prepared.notes)
+
+
+_WEIGHTS = {"fp16": store_fp16, "int8-weights": store_int8, "int4-weights": store_int4}
+
+
+def _facts(
+    facts: dict[str, Any], scheme: Scheme, stored: Counter[str], notes: list[str]
+) -> dict[str, Any]:
+    notes = [*notes, *facts.get("notes", [])]
+    if scheme.kind == "int4-weights" and stored["int8"]:
+        notes.append(f"{stored['int8']} of {stored.total()} weights are in 8 bits: "
+                     "their operators have no 4-bit kernels")  # fmt: skip
+    return {**facts, "stored": dict(stored), "notes": notes}
+
+
+def _rounds(model: Any) -> bool:
+    """Whether anything is computed in integers, stored weights or not."""
+    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+
+
+class _Quiet:
+    """The tool logs a warning per tensor, and advice about a pre-processing that was done."""
+
+    def __enter__(self) -> None:
+        self._before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self._before)
+
+
+# --- static ---------------------------------------------------------------------------------------
+
+
+def _ranges(
+    model: Any, folder: str, scheme: Scheme, samples: CalibrationSamples
+) -> dict[str, tuple[float, float]]:
+    """The tool's own calibration keeps the outputs of all samples in memory, or averages."""
+    inside = _Inside(model, _types(scheme), folder)
+
+    def passes() -> Iterator[Mapping[str, NDArray[Any]]]:
+        return (inside.run(sample) for sample in samples)
+
+    return RangeFinder(scheme.ranges).find(passes, symmetric=scheme.symmetric)
+
+
+def _types(scheme: Scheme) -> list[str] | None:
+    return None if scheme.operators == "all" else list(MATRIX_OPERATORS)
+
+
+def _static(
+    tools: Any, prepared: Prepared, ranges: dict[str, tuple[float, float]], target: str,
+    scheme: Scheme,
+) -> None:  # fmt: skip
+    calibrate = require("onnxruntime.quantization.calibrate", extra="onnx")
+    source, cache = Path(target).with_name("float.onnx"), Path(target).with_name("ranges.json")
+    save_onnx(prepared.proto, str(source))
+    method = tools.CalibrationMethod.MinMax  # says only where ranges come from
+    found = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+    calibrate.save_tensors_data(calibrate.TensorsData(method, found), cache)
+    activations = {"int8": "QInt8", "int16": "QInt16"}.get(scheme.activations, "QUInt8")
+    tools.quantize_static(
+        source, target,
+        calibration_cache_path=cache,
+        calibrate_method=method,
+        quant_format=tools.QuantFormat.QDQ,
+        op_types_to_quantize=_types(scheme),
+        nodes_to_exclude=prepared.kept,
+        per_channel=scheme.per_channel,
+        reduce_range=scheme.reduce_range,
+        activation_type=tools.QuantType[activations],
+        weight_type=tools.QuantType.QInt8,
+        extra_options={
+            "ActivationSymmetric": scheme.symmetric,
+            "WeightSymmetric": scheme.weights_symmetric,
+        },
+    )  # fmt: skip
+    source.unlink()
+    cache.unlink()
+
+
+class _Inside:
+    """A model with the float activations of operators of these types (None: all) as outputs."""
+
+    def __init__(self, model: Any, types: list[str] | None, folder: str) -> None:
+        onnx = require("onnx", extra="onnx")
+        runtime = require("onnxruntime", extra="onnx")
+        tapped = onnx.ModelProto()
+        tapped.CopyFrom(model)
+        graph = tapped.graph
+        nodes = [node for node in graph.node if types is None or node.op_type in types]
+        wanted = {name for node in nodes for name in (*node.input, *node.output) if name}
+        made = {name for node in graph.node for name in node.output}
+        there = {one.name for one in graph.output}
+        # Without a type: the session finds it, and not only where shape inference did.
+        graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in sorted((wanted & made) - there)
+        )
+        path = str(Path(folder) / "tapped.onnx")
+        save_onnx(tapped, path)
+        options = runtime.SessionOptions()
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._names = [
+            one.name
+            for one in self._session.get_outputs()
+            if one.name in wanted and one.type == "tensor(float)"
+        ]
+        self._inputs = [
+            one.name
+            for one in self._session.get_inputs()
+            if one.name in wanted and one.type == "tensor(float)"
+        ]
+
+    def run(self, sample: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The tensors by name, inputs among them."""
+        arrays = self._session.run(self._names, dict(sample)) if self._names else []
+        return {name: sample[name] for name in self._inputs} | dict(
+            zip(self._names, arrays, strict=True)
+        )
+
+
+# --- dynamic --------------------------------------------------------------------------------------
+
+
+def _dynamic(tools: Any, prepared: Prepared, target: str, scheme: Scheme) -> None:
+    source = Path(target).with_name("float.onnx")
+    save_onnx(prepared.proto, str(source))
+    # The tool makes a MatMul of each Gemm first, and calls it so.
+    kept = [*prepared.kept, *(f"{name}_MatMul" for name in prepared.kept)]
+    tools.quantize_dynamic(
+        source, target,
+        weight_type=tools.QuantType.QInt8,
+        per_channel=scheme.per_channel,
+        reduce_range=scheme.reduce_range,
+        op_types_to_quantize=_types(scheme),
+        nodes_to_exclude=kept,
+        extra_options={"WeightSymmetric": scheme.weights_symmetric},
+    )  # fmt: skip
+    source.unlink()

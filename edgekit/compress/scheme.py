@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from edgekit.device import Quantization
+from edgekit.errors import UsageError
 
-__all__ = ["COMPUTE_OPERATORS", "Scheme", "broken_rule", "schemes_for"]
+__all__ = ["BLOCKS", "COMPUTE_OPERATORS", "KINDS", "Kind", "Scheme", "broken_rule", "parse_scheme"]
+
+Kind = Literal[
+    "fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int16x8", "int8-weights",
+    "int4-weights",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: where nearly all multiplications are; the usual cure when quantizing everything collapses
 COMPUTE_OPERATORS = "Conv/MatMul/Gemm"
 
-#: types a format's quantizer can give to activations, the usual one first (NNCF refuses to be
-#: told: its `signedness_to_force` conflicts with every target device)
-_ACTIVATIONS = {"onnx": ("uint8", "int8"), "openvino": ("uint8",), "tflite": ("int8",)}
-#: the type that activations get at run time in dynamic schemes
-_DYNAMIC = {"onnx": "uint8", "openvino": "int8", "tflite": "int8"}
-#: formats whose engines multiply 8-bit pairs with instructions that can saturate; LiteRT's kernels
-#: (XNNPACK) widen to 16 bits first (tests/contract/test_quantizers.py shows it)
-_SATURATES = ("onnx", "openvino")
+#: weights that share a scale in int4-weights
+BLOCKS = (32, 64, 128)
+_DEFAULT_BLOCK = 64
+
+#: how the range of a tensor is taken from what calibration saw
+RANGES = ("minmax", "percentile", "entropy", "mse")
+#: what wins accuracy back without training
+RECOVERY = ("bias-correction", "equalization", "smooth-quant", "learned-rounding")
+_TOOLS = ("onnxruntime", "nncf", "litert-quantizer", "tensorflow", "openvino", "edgekit")
+
+#: kind -> the type of weights, of activations where the scheme decides that
+_WEIGHTS: Mapping[str, str] = {
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8-dynamic": "int8",
+    "int8-static": "int8", "int16x8": "int8", "int8-weights": "int8", "int4-weights": "int4",
+}  # fmt: skip
+_STATIC = ("int8-static", "int16x8")
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A precision scheme.
 
-    kind: `fp32`, `int8-dynamic` (weights int8, activation scales at run time) or `int8-static`
-    (activation scales from calibration). operators: `all`, or only those that multiply matrices.
-    per_channel: weight scales per output channel. reduce_range: weights in 7 bits, for CPUs
-    whose 8-bit pair sums saturate (x86 without VNNI). activations: their type, from calibration
-    or at run time, `uint8` or `int8`. symmetric: their zero point is 0, or 128 where only uint8
-    is to be had.
+    kind: `fp32`; `fp16` (weights stored so; computed so where the engine has it); `bf16` (computed
+    so; nothing is stored differently); `int8-static` and `int16x8` (8-bit weights, 8- or 16-bit
+    activations, their ranges from calibration); `int8-dynamic` (activation ranges at run time);
+    `int8-weights`, `int4-weights` (stored so, computed in float).
+    operators: `all`, or only those that multiply matrices. keep: operators that stay float, by the
+    name of their first output. per_channel: weight scales per output channel. reduce_range: weights
+    in 7 bits, for CPUs whose 8-bit pair sums saturate (x86 without VNNI). activations: their type,
+    `uint8`, `int8` or `int16`; empty: the tool's usual one. symmetric: their zero point is 0, or
+    128 where only uint8 is to be had. weights_symmetric: the same of weights. block: how many
+    weights share a scale (`int4-weights`). ranges: how calibration takes them. recovery: what wins
+    accuracy back. transformer: the quantizer's patterns for attention. tool: which quantizer, where
+    a format has several; empty: the format's first.
     """
 
     kind: str
@@ -41,49 +63,138 @@ class Scheme:
     reduce_range: bool = False
     activations: str = ""
     symmetric: bool = False
+    weights_symmetric: bool = True
+    block: int = 0
+    ranges: str = "minmax"
+    recovery: tuple[str, ...] = ()
+    transformer: bool = False
+    tool: str = ""
+    keep: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
-        """Short, for identifiers: `int8-static-matmul`."""
-        return self.kind if self.operators == "all" else f"{self.kind}-matmul"
+        """Short, for identifiers: `int8-static-matmul`. What a profile asks for is not in it."""
+        parts = [self.kind]
+        parts += ["matmul"] if self.operators != "all" else []
+        parts += [str(self.block)] if self.block else []
+        parts += [self.ranges] if self.ranges != "minmax" else []
+        parts += self.recovery
+        parts += ["transformer"] if self.transformer else []
+        parts += [self.tool] if self.tool else []
+        return "-".join(parts)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is made from calibration samples."""
+        return self.kind in _STATIC or "learned-rounding" in self.recovery
+
+    @property
+    def weights(self) -> str:
+        """The type that weights are stored in."""
+        return _WEIGHTS[self.kind]
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What it asks for beyond its kind, in the words of `parse_scheme`."""
+        found = {*self.recovery, self.activations}
+        found |= {"matmul"} if self.operators != "all" else set()
+        found |= set() if self.per_channel else {"per-tensor"}
+        found |= {"7-bit"} if self.reduce_range else set()
+        found |= {"symmetric"} if self.symmetric else set()
+        found |= set() if self.weights_symmetric else {"asymmetric-weights"}
+        found |= {f"block={self.block}"} if self.block else set()
+        found |= {self.ranges} if self.ranges != "minmax" else set()
+        found |= {"transformer"} if self.transformer else set()
+        found |= {"keep"} if self.keep else set()
+        return frozenset(found - {""})
 
     def __str__(self) -> str:
-        if self.kind == "fp32":
-            return "fp32"
-        scope = "all operators" if self.operators == "all" else self.operators
-        marks = ["per-channel" if self.per_channel else "per-tensor"]
+        if self.kind in ("fp32", "fp16", "bf16"):
+            return self.kind
+        marks = ["all operators" if self.operators == "all" else self.operators]
+        if self.block:
+            marks.append(f"a scale per {self.block} weights")
+        else:
+            marks.append("per-channel" if self.per_channel else "per-tensor")
+        marks += [] if self.weights_symmetric else ["asymmetric weights"]
         marks += ["7-bit weights"] if self.reduce_range else []
-        if self.kind == "int8-dynamic":
-            return f"int8 dynamic, {', '.join([scope, *marks])}"
-        marks += [f"{self.activations} activations"] if self.activations else []
-        marks += ["symmetric"] if self.symmetric else []
-        return f"int8 static, {', '.join([scope, *marks])}"
+        if self.kind in _STATIC:
+            marks += [f"{self.activations} activations"] if self.activations else []
+            marks += ["symmetric"] if self.symmetric else []
+            marks += [f"{self.ranges} ranges"] if self.ranges != "minmax" else []
+        marks += [word.replace("-", " ") for word in self.recovery]
+        marks += ["for transformers"] if self.transformer else []
+        marks += [f"{len(self.keep)} kept float"] if self.keep else []
+        marks += [f"by {self.tool}"] if self.tool else []
+        return f"{_IN_WORDS.get(self.kind, self.kind)}, {', '.join(marks)}"
 
     def to_json(self) -> dict[str, Any]:
         """As stored in provenance."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Scheme:
+        """What `to_json` gave, by way of JSON."""
+        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(**made)
 
-def schemes_for(fmt: str, rules: Quantization) -> tuple[Scheme, ...]:
-    """What may be tried for a format, most promising first, made to fit the rules where the
-    format's quantizer can; `broken_rule` says of each whether it does. Nothing quantizes ncnn."""
-    if fmt == "ncnn":
-        return (Scheme("fp32"),)
-    options = _ACTIVATIONS.get(fmt, ("int8",))
-    # The zero point of a symmetric uint8 tensor is 128, so symmetric prefers int8.
-    preferred = sorted(options, key=lambda one: one != "int8") if rules.symmetric else options
-    allowed = [one for one in preferred if one in (rules.activations or options)]
-    narrow = rules.reduce_range and fmt in _SATURATES
-    weights: dict[str, Any] = {"per_channel": rules.per_channel, "reduce_range": narrow}
-    static = {**weights, "activations": (allowed or preferred)[0], "symmetric": rules.symmetric}
-    if fmt == "openvino":  # NNCF's weight compression has 8 bits only; it computes in float
-        weights["reduce_range"] = False
-    return (
-        Scheme("fp32"),
-        Scheme("int8-static", COMPUTE_OPERATORS, **static),
-        Scheme("int8-static", "all", **static),
-        Scheme("int8-dynamic", "all", **weights, activations=_DYNAMIC.get(fmt, "int8")),
-    )
+    def under(self, rules: Quantization, *, saturates: bool) -> Scheme:
+        """With what the rules ask for. `saturates`: the engine multiplies 8-bit pairs with
+        instructions whose sums can overflow on such a CPU."""
+        narrow = rules.reduce_range and saturates and self.kind in ("int8-static", "int8-dynamic")
+        has_scales = self.kind not in ("fp32", "fp16", "bf16") and not self.block
+        return replace(
+            self,
+            per_channel=self.per_channel and (rules.per_channel or not has_scales),
+            reduce_range=self.reduce_range or narrow,
+            symmetric=self.symmetric or (rules.symmetric and self.kind in _STATIC),
+        )
+
+
+_IN_WORDS = {
+    "int8-static": "int8 static", "int8-dynamic": "int8 dynamic", "int8-weights": "int8 weights",
+    "int4-weights": "int4 weights", "int16x8": "int8 with int16 activations",
+}  # fmt: skip
+
+
+def parse_scheme(text: str) -> Scheme:
+    """A scheme as people write it: `int8-static`, `int8-static:per-tensor,percentile`,
+    `int4-weights:block=32`. Words in any order.
+
+    Raises:
+        UsageError: an unknown kind or word.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise UsageError(f"no scheme {kind!r}; known: {', '.join(KINDS)}")
+    made: dict[str, Any] = {"block": _DEFAULT_BLOCK} if kind == "int4-weights" else {}
+    recovery: list[str] = []
+    for word in filter(None, (one.strip() for one in rest.split(","))):
+        if word in RECOVERY:
+            recovery.append(word)
+        elif word in _WORDS:
+            made |= _WORDS[word]
+        else:
+            raise UsageError(
+                f"scheme {text!r}: unknown word {word!r}; known: {', '.join([*_WORDS, *RECOVERY])}"
+            )
+    return Scheme(kind, recovery=tuple(dict.fromkeys(recovery)), **made)
+
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "matmul": {"operators": COMPUTE_OPERATORS},
+    "per-channel": {"per_channel": True},
+    "per-tensor": {"per_channel": False},
+    "7-bit": {"reduce_range": True},
+    "int8": {"activations": "int8"},
+    "uint8": {"activations": "uint8"},
+    "symmetric": {"symmetric": True},
+    "asymmetric-weights": {"weights_symmetric": False},
+    **{f"block={size}": {"block": size} for size in BLOCKS},
+    **{name: {"ranges": name} for name in RANGES},
+    "transformer": {"transformer": True},
+    **{name: {"tool": name} for name in _TOOLS},
+}
 
 
 def broken_rule(
@@ -95,14 +206,18 @@ def broken_rule(
     they are in the model as it came (`source_activations`), so those must be allowed, too.
     """
     activations = set(source_activations)
-    if scheme.kind == "int8-static":
-        others = set() if scheme.operators == "all" else activations
+    if scheme.kind in _STATIC:
+        others = set() if scheme.operators == "all" and not scheme.keep else activations
         activations = {scheme.activations} | others
     elif scheme.kind == "int8-dynamic":
         activations |= {scheme.activations}
         if rules.symmetric:
             return "quantization.symmetric", "scales made at run time come with a zero point"
-    weights = "int8"
+    elif scheme.kind == "bf16":
+        activations = {"bfloat16"}
+    if not rules.per_channel and scheme.block:
+        return "quantization.per_channel", f"a scale per {scheme.block} weights is not one each"
+    weights = scheme.weights
     if scheme.kind == "fp32":
         weights = "float32" if "float32" in activations else min(activations, default="int8")
     if rules.activations is not None and not activations <= set(rules.activations):

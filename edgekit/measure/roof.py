@@ -77,7 +77,9 @@ def share_of_roof(
     counts = [(one.macs, one) for one in graph.operators]
     if not graph.macs or any(macs is None for macs, _ in counts):
         return None
-    dtype: Literal["float32", "int8"] = "float32" if scheme_kind == "fp32" else "int8"
+    dtype: Literal["float32", "int8"] = "float32"
+    if scheme_kind in ("int8-static", "int8-dynamic"):
+        dtype = "int8"
     work = [(macs or 0, 0, _kind(graph, one)) for macs, one in counts if macs]
     return roof_share(work, roofline, engine, dtype, threads, latency_ns)
 

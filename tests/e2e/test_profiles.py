@@ -68,7 +68,7 @@ def test_each_rule_changes_the_plan_of_real_models(which, request, edgekit, tmp_
     seven = planned("reduce_range")
     ids = {one["id"] for one in seven.values() if "7-bit weights" in one["scheme"]}
     made = {i for i in seven if "int8" in i and "litert" not in i}
-    assert ids == made - {"openvino-int8-dynamic"}  # NNCF's weight compression has 8 bits only
+    assert ids == made - {"openvino-int8-weights"}  # computed in float
 
     fixed = planned("static shapes only")
     assert fixed[f"{native}-fp32"]["reference_only"]

@@ -5,8 +5,9 @@ import pytest
 
 from edgekit.artifact import TensorSpec
 from edgekit.cache import Cache
-from edgekit.data import open_dataset, split_samples
+from edgekit.data import check_calibration, open_dataset, split_samples
 from edgekit.errors import InputError, UsageError
+from edgekit.pipeline import Pipeline
 
 SPECS = (TensorSpec("x", "float32", ("N", 4)), TensorSpec("n", "int32", (1,)))
 
@@ -172,3 +173,83 @@ def test_too_few_samples_are_refused_with_the_number_needed(tmp_path, cache) -> 
     )  # fmt: skip
     with pytest.raises(InputError, match="1 different samples; at least 8"):
         split_samples(open_dataset(source, SPECS, cache), None)
+
+
+# --- texts and names of classes -----------------------------------------------------------------
+
+TEXTS = (TensorSpec("text", "string", ("N", 1)),)
+
+
+def test_texts_are_a_column(tmp_path, cache) -> None:
+    path = tmp_path / "t.npz"
+    np.savez(path, text=np.array(["good", "a longer one", "ä"]), labels=np.array([0, 1, 1]))
+    data = open_dataset(str(path), TEXTS, cache)
+    assert data.sample(1, TEXTS)["text"].tolist() == [["a longer one"]]
+
+
+@pytest.mark.parametrize(
+    ("specs", "arrays", "said"),
+    [
+        (TEXTS, {"text": np.zeros((4, 1), np.float32)}, "the model takes texts"),
+        (SPECS[:1], {"x": np.array([["a"] * 4] * 3)}, "holds texts, the model takes float32"),
+        (SPECS[:1], {"x": np.zeros((3, 4), np.complex64)}, "complex64, which no model takes"),
+        (TEXTS, {"text": np.array(["a", None], object)}, r"numpy.array\(texts, dtype=str\)"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(tmp_path, cache, specs, arrays, said) -> None:
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(InputError, match=said):
+        open_dataset(str(tmp_path / "d.npz"), specs, cache)
+
+
+def test_names_of_classes_become_their_numbers(tmp_path, cache) -> None:
+    pipeline = Pipeline(labels=("cat", "dog"))
+    names = np.array(["dog", "cat"] * 20)
+    data = open_dataset(save(tmp_path / "d.npz", labels=names), SPECS, cache, pipeline)
+    assert data.labels.tolist() == [1, 0] * 20
+    names[7] = "dgo"
+    wrong = save(tmp_path / "e.npz", labels=names)
+    with pytest.raises(InputError, match=r"label of sample 7 is 'dgo'.*did you mean 'dog'"):
+        open_dataset(wrong, SPECS, cache, pipeline)
+
+
+# --- calibration --------------------------------------------------------------------------------
+
+WIDE = (TensorSpec("x", "float32", ("N", 20)),)
+
+
+def wide(tmp_path, cache, x, labels=None):
+    arrays = {"x": x} if labels is None else {"x": x, "labels": labels}
+    np.savez(tmp_path / "wide.npz", **arrays)
+    return open_dataset(str(tmp_path / "wide.npz"), WIDE, cache)
+
+
+def test_good_calibration_samples_need_no_words(tmp_path, cache) -> None:
+    x = np.random.default_rng(0).random((60, 20)).astype(np.float32)
+    data = wide(tmp_path, cache, x, np.arange(60) % 3)
+    assert check_calibration(data, np.arange(60)) == []
+
+
+def test_few_calibration_samples_and_missing_classes_are_told(tmp_path, cache) -> None:
+    x = np.random.default_rng(0).random((60, 20)).astype(np.float32)
+    data = wide(tmp_path, cache, x, np.arange(60) // 20)
+    few, missing = check_calibration(data, np.arange(25), ["cat", "dog", "cow"])
+    assert "only 25 samples" in few
+    assert "32" in few
+    assert "of the classes cow:" in missing
+    (missing,) = check_calibration(data, np.arange(60), known=np.array([0, 1, 2, 9]))
+    assert "of the classes 9:" in missing
+
+
+def test_calibration_samples_that_tell_nothing_are_refused(tmp_path, cache) -> None:
+    x = np.random.default_rng(0).random((40, 20)).astype(np.float32)
+    x[17] = 0.5
+    data = wide(tmp_path, cache, x)
+    with pytest.raises(InputError, match="sample 17 of 'x' is 0.5 everywhere"):
+        check_calibration(data, np.arange(40))
+    assert check_calibration(data, np.delete(np.arange(40), 17)) == []
+    with pytest.raises(InputError, match="no samples to calibrate with"):
+        check_calibration(data, np.zeros(0, np.int64))
+    same = wide(tmp_path, cache, np.tile(x[:1], (40, 1)))
+    with pytest.raises(InputError, match="all 40 calibration samples are the same"):
+        check_calibration(same, np.arange(40))

@@ -6,7 +6,7 @@ import pytest
 
 from edgekit import plan as plan_module
 from edgekit.compress.scheme import Scheme
-from edgekit.device import DeviceProfile
+from edgekit.device import Cpu, DeviceProfile
 from edgekit.plan import Candidate, Ruling, make_plan
 from edgekit.profiles import load_profile
 
@@ -37,7 +37,7 @@ def built(plan: dict[str, Candidate]) -> set[str]:
 def test_reference_comes_first_and_every_engine_has_every_scheme() -> None:
     plan = planned("onnx", load_profile("generic-x86-64"))
     assert next(iter(plan)) == "onnxruntime-fp32"
-    assert len(plan) == 13
+    assert len(plan) == 17
     assert {c.engine for c in plan.values()} == {"onnxruntime", "openvino", "litert", "ncnn"}
     assert [c.scheme.kind for c in plan.values() if c.engine == "ncnn"] == ["fp32"]
     # 7 bits where the engine's pair sums saturate; LiteRT's do not, so it keeps all 8.
@@ -53,8 +53,9 @@ def test_profile_decides_the_range() -> None:
 
 def test_per_tensor_only_reaches_every_scheme() -> None:
     plan = planned("onnx", profile(per_channel=False))
-    assert not any(c.scheme.per_channel for c in plan.values() if c.scheme.kind != "fp32")
-    assert len(built(plan)) == 12
+    assert not any(c.scheme.per_channel for c in plan.values() if "int8-static" in c.scheme.kind)
+    assert len(built(plan)) == 15
+    assert "cannot do per-tensor" in (plan["openvino-int8-weights"].skip or "")
 
 
 def test_int8_activations_only_leaves_static_int8_in_engines_that_can() -> None:
@@ -81,7 +82,8 @@ def test_a_model_that_is_int8_already_needs_no_float() -> None:
 
 def test_weight_types_rule_float_or_int8_out() -> None:
     plan = planned("onnx", profile(weights=["float32", "float16"]))
-    assert built(plan) == {"onnxruntime-fp32", "openvino-fp32", "litert-fp32"}
+    floats = {f"{e}-fp{n}" for e in ("onnxruntime", "openvino", "litert") for n in (16, 32)}
+    assert built(plan) == floats
     assert not plan["onnxruntime-fp32"].reference_only
 
 
@@ -96,7 +98,8 @@ def test_symmetric_reaches_static_schemes_and_rules_scales_at_run_time_out() -> 
 
 def test_float_activations_only_rule_out_types_made_at_run_time() -> None:
     plan = planned("onnx", profile(activations=["float32"]))
-    assert built(plan) == {"onnxruntime-fp32", "openvino-fp32", "litert-fp32"}
+    floats = {f"{e}-fp{n}" for e in ("onnxruntime", "openvino", "litert") for n in (16, 32)}
+    assert built(plan) == {*floats, "openvino-int8-weights"}  # stored in 8 bits, computed in float
 
 
 def test_7_bit_weights_are_said_only_where_they_are_made() -> None:
@@ -104,14 +107,28 @@ def test_7_bit_weights_are_said_only_where_they_are_made() -> None:
     said = {name for name, one in plan.items() if "7-bit" in str(one.scheme)}
     assert said == {
         "onnxruntime-int8-static", "onnxruntime-int8-static-matmul", "onnxruntime-int8-dynamic",
-        "openvino-int8-static", "openvino-int8-static-matmul",
+        "openvino-int8-static", "openvino-int8-static-matmul", "openvino-int8-static-transformer",
     }  # fmt: skip
+
+
+def test_bfloat16_is_tried_where_the_processor_multiplies_it() -> None:
+    device = profile()
+    able = device.model_copy(update={"cpu": Cpu(features=["avx2", "avx512_bf16"])})
+    assert "openvino-bf16" not in planned("onnx", device)
+    one = planned("onnx", able)["openvino-bf16"]
+    assert (one.precision, one.skip) == ("bfloat16", None)
+
+
+def test_nothing_is_quantized_twice() -> None:
+    plan = planned("tflite", profile(), source_quantized="8 of its weights are integers")
+    assert built(plan) == {"litert-fp32", "openvino-fp32", "onnxruntime-fp32"}
+    assert "quantized already: 8 of" in (plan["litert-int8-static"].skip or "")
 
 
 def test_what_forbids_the_model_as_it_came_leaves_smaller_ones() -> None:
     ruling = Ruling("mine", "memory.model_bytes", "too big", "sheet")
     plan = planned("onnx", profile(), source_ruling=ruling)
-    assert built(plan) == {name for name in plan if "int8" in name} | {"onnxruntime-fp32"}
+    assert built(plan) == {name for name in plan if "fp32" not in name} | {"onnxruntime-fp32"}
     assert plan["onnxruntime-fp32"].reference_only
 
 

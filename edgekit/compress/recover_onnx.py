@@ -1,0 +1,204 @@
+"""Accuracy won back without training: a float ONNX model is changed so that rounding costs less.
+
+All three methods change weights and biases only, before the quantizer runs: what they leave is a
+float model, and the quantizer's own rounding then does what they planned for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from edgekit.compress.calibration import CalibrationSamples
+from edgekit.compress.layers_onnx import Array, Layer, Tap, find_layers, store_weights
+from edgekit.compress.recover_equalize import equalize
+from edgekit.compress.recover_rounding import Grid, grid_of, round_by_output
+from edgekit.compress.scheme import Scheme
+from edgekit.errors import require
+
+__all__ = ["recover"]
+
+#: samples that rounding is learned from, positions of an image that are looked at in each
+_SAMPLES, _POSITIONS = 512, 128
+#: terms of a sum that can be handled: the solver's time grows with their cube
+_MOST_TERMS = 4608
+#: sums of products that are held at once
+_HELD_BYTES = 512 << 20
+#: smaller ones are not stored in integers, where only the storage is
+_FEWEST = 256
+#: relative difference of outputs up to which two float models are the same
+_SAME = 1e-3
+
+
+def recover(
+    model: Any, scheme: Scheme, samples: CalibrationSamples, *, kept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Change the prepared model in place, by the methods that `scheme.recovery` names, in this
+    order: equalization, learned-rounding, bias-correction. `kept`: names of nodes that stay float.
+
+    Returns facts: how many pairs of layers were `equalized`, layers `rounded`, biases `corrected`,
+    and `notes`.
+    """
+    onnx = require("onnx", extra="onnx")
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    layers = find_layers(model, weights, (*kept, *scheme.keep))
+    notes: list[str] = []
+    facts: dict[str, Any] = {"notes": notes}
+    if "equalization" in scheme.recovery:
+        facts["equalized"] = _equalize(model, layers, weights, samples, notes)
+    exact = dict(weights)
+    if "learned-rounding" in scheme.recovery:
+        facts["rounded"] = _round_all(model, layers, weights, scheme, samples, notes)
+    if "bias-correction" in scheme.recovery:
+        facts["corrected"] = _correct(model, layers, exact, weights, scheme, samples)
+    store_weights(model, weights, exact)
+    return facts
+
+
+def _equalize(
+    model: Any, layers: list[Layer], weights: dict[str, Array], samples: CalibrationSamples,
+    notes: list[str],
+) -> int:  # fmt: skip
+    """Undone where the model does not compute the same then."""
+    before = dict(weights)
+    pairs = equalize(model, layers, weights, samples)
+    outputs = [one.name for one in model.graph.output]
+    sample = next(iter(samples))
+    wanted = Tap(model, outputs).run(sample)
+    store_weights(model, weights, before)
+    found = Tap(model, outputs).run(sample)
+    for name in outputs:
+        if wanted[name].dtype.kind != "f":
+            continue
+        most = float(np.abs(wanted[name]).max(initial=1e-9))
+        if not np.allclose(found[name] / most, wanted[name] / most, rtol=0, atol=_SAME):
+            changed = dict(weights)
+            weights.update(before)
+            store_weights(model, weights, changed)
+            notes.append(f"equalization was undone: {name!r} came out differently")
+            return 0
+    return pairs
+
+
+# --- learned rounding -----------------------------------------------------------------------------
+
+
+def _grid(layer: Layer, weights: dict[str, Array], scheme: Scheme) -> Grid:
+    blocks = scheme.kind == "int4-weights" and not layer.is_conv
+    return grid_of(layer.rows(weights), scheme, blocks=blocks)
+
+
+def _round_all(  # noqa: PLR0917
+    model: Any, layers: list[Layer], weights: dict[str, Array], scheme: Scheme,
+    samples: CalibrationSamples, notes: list[str],
+) -> int:  # fmt: skip
+    stored_only = scheme.kind != "int8-static"
+    todo = [
+        one
+        for one in layers
+        if one.rows(weights).shape[1] <= _MOST_TERMS
+        and not (stored_only and weights[one.weight].size < _FEWEST)
+    ]
+    rounded = 0
+    for some in _batches(todo, weights):
+        sums = _hessians(model, some, weights, samples)
+        for layer in some:
+            if all(np.isfinite(one).all() for one in sums[layer.weight]):
+                _round(layer, weights, sums[layer.weight], _grid(layer, weights, scheme))
+                rounded += 1
+    if rounded < len(layers):
+        notes.append(f"the weights of {len(layers) - rounded} layers are rounded plainly")
+    return rounded
+
+
+def _round(layer: Layer, weights: dict[str, Array], hessians: list[Array], grid: Grid) -> None:
+    rows = layer.rows(weights)
+    each = len(rows) // len(hessians)
+    parts = [slice(start, start + each) for start in range(0, len(rows), each)]
+    made = [
+        round_by_output(rows[part], hessian, grid.part(part, slice(None)))
+        for part, hessian in zip(parts, hessians, strict=True)
+    ]
+    layer.put(weights, np.concatenate(made))
+
+
+def _batches(layers: list[Layer], weights: dict[str, Array]) -> Iterator[list[Layer]]:
+    """Layers whose sums fit into memory together."""
+    batch: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = 8 * layer.group * layer.rows(weights).shape[1] ** 2
+        if batch and held + size > _HELD_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(layer)
+        held += size
+    if batch:
+        yield batch
+
+
+def _hessians(
+    model: Any, layers: Sequence[Layer], weights: dict[str, Array], samples: CalibrationSamples
+) -> dict[str, list[Array]]:
+    """The sums of x x^T for each layer, one per group, from the float model's activations."""
+    sums = {}
+    for layer in layers:
+        terms = layer.rows(weights).shape[1]
+        sums[layer.weight] = [np.zeros((terms, terms)) for _ in range(layer.group)]
+    tap = Tap(model, [one.node.input[0] for one in layers])
+    rng = np.random.default_rng(0)
+    for sample in islice(samples, _SAMPLES):
+        found = tap.run(sample)
+        for layer in layers:
+            patches = layer.patches(found[layer.node.input[0]], weights, rng, _POSITIONS)
+            for place, some in enumerate(patches):
+                sums[layer.weight][place] += some.T @ some
+    return sums
+
+
+# --- bias correction ------------------------------------------------------------------------------
+
+
+def _correct(  # noqa: PLR0917
+    model: Any, layers: list[Layer], exact: dict[str, Array], weights: dict[str, Array],
+    scheme: Scheme, samples: CalibrationSamples,
+) -> int:  # fmt: skip
+    """Each output channel's mean error through the rounding of its weights is taken back by its
+    bias (Nagel et al. 2019, section 4.2), measured on the float model's activations."""
+    onnx = require("onnx", extra="onnx")
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    todo = [one for one in layers if one.can_shift]
+    names = {one.weight: f"edgekit-error-{place}" for place, one in enumerate(todo)}
+    for layer in todo:
+        off = {layer.weight: exact[layer.weight]}
+        rounded = _grid(layer, weights, scheme).nearest(layer.rows(weights))
+        layer.put(off, rounded - layer.rows(exact))
+        node, name = onnx.NodeProto(), names[layer.weight]
+        node.CopyFrom(layer.node)
+        del node.input[2:]
+        node.name, node.input[1], node.output[0] = name, f"{name}-weight", name
+        tensor = onnx.numpy_helper.from_array(off[layer.weight], node.input[1])
+        tapped.graph.initializer.append(tensor)
+        tapped.graph.node.append(node)
+    sums = {one.weight: np.zeros(len(one.rows(weights))) for one in todo}
+    counts = dict.fromkeys(sums, 0)
+    tap = Tap(tapped, list(names.values()))
+    for sample in samples:
+        found = tap.run(sample)
+        for layer in todo:
+            array = found[names[layer.weight]].astype(np.float64)
+            array = np.moveaxis(array, 1, -1) if layer.is_conv else array
+            sums[layer.weight] += array.reshape(-1, array.shape[-1]).sum(axis=0)
+            counts[layer.weight] += array.size // array.shape[-1]
+    for layer in todo:
+        mean = sums[layer.weight] / max(1, counts[layer.weight])
+        if not layer.bias:
+            layer.bias = f"{layer.weight}-bias"
+            weights[layer.bias] = np.zeros(len(mean), np.float32)
+            layer.node.input.extend([""] * (2 - len(layer.node.input)) + [layer.bias])
+        weights[layer.bias] = (weights[layer.bias] - mean).astype(np.float32)
+    return len(todo)
