@@ -24,12 +24,19 @@ class Prepared:
     """A cleaned model: opset 13 or newer, weights as initializers of the outermost graph, all nodes
     named.
 
-    kept: names of the nodes that stay float. notes: what the user should know.
+    kept: names of the nodes that stay float. notes: what the user should know. names: the tensors
+    it has before anything is quantized.
     """
 
     proto: Any
     kept: list[str]
     notes: list[str] = field(default_factory=list)
+    names: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.proto.graph
+        made = {name for node in graph.node for name in node.output}
+        self.names = made | {tensor.name for tensor in graph.initializer}
 
 
 def prepare_onnx(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.compress.calibration import CalibrationSamples
+from edgekit.compress.compact import compact_onnx
 from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, Prepared, prepare_onnx, save_onnx
 from edgekit.compress.ranges import RangeFinder
 from edgekit.compress.scheme import Scheme
@@ -71,12 +72,14 @@ def quantize_onnx(
             raise
         except Exception as error:
             raise ModelError(f"onnxruntime cannot quantize the model: {one_line(error)}") from error
-    made = onnx.load(target, load_external_data=False)
+    made = onnx.load(target)
     stored = stored_weights(made)
     if not stored and not _rounds(made):
         raise ModelError(
             "nothing was quantized: no operator the scheme covers has constant weights"
         )
+    compact_onnx(made, prepared.names)
+    save_onnx(made, target)
     return _facts(facts, wanted, stored, prepared.notes)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.compress.calibration import CalibrationSamples
+from edgekit.compress.compact import compact_onnx
 from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, prepare_onnx, save_onnx
 from edgekit.compress.quantize_openvino import bound_bias_correction, range_estimator
 from edgekit.compress.scheme import Scheme
@@ -50,8 +51,10 @@ def quantize_onnx_nncf(
         raise ModelError(f"NNCF cannot quantize the model: {one_line(error)}") from error
     if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
         raise ModelError("nothing was quantized: no operator the scheme covers")
+    stored = dict(stored_weights(made))
+    compact_onnx(made, prepared.names)
     save_onnx(made, target)
-    return {"stored": dict(stored_weights(made)), "notes": prepared.notes}
+    return {"stored": stored, "notes": prepared.notes}
 
 
 def _quantize(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.compress.calibration import CalibrationSamples
+from edgekit.compress.compact import compact_ir
 from edgekit.compress.scheme import Scheme
 from edgekit.errors import EdgeKitError, ModelError, UsageError, one_line, require
 from edgekit.graph import read_graph
@@ -55,6 +56,7 @@ def quantize_openvino(
     model = ov.Core().read_model(source[0])
     if wanted.kind == "fp16":
         ov.save_model(model, target, compress_to_fp16=True)
+        compact_ir(Path(target))
         return {}
     nncf = require("nncf", extra="openvino")
     kept = _named(graph, wanted.keep)
@@ -74,6 +76,7 @@ def quantize_openvino(
     if not stored and "FakeQuantize" not in kinds:
         raise ModelError("nothing was quantized: no operator the scheme covers")
     ov.save_model(done, target, compress_to_fp16=False)
+    compact_ir(Path(target))
     return {"stored": dict(stored), "notes": _notes(wanted, stored)}
 
 

@@ -1,0 +1,85 @@
+"""Takes out of quantized models what only makes the file larger: names, copies, white space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+__all__ = ["compact_ir", "compact_onnx"]
+
+
+def compact_onnx(model: Any, source_names: set[str]) -> None:
+    """Give tensors and nodes that the quantizer added short names, store equal constants once, and
+    drop the types of tensors inside, which loading finds again; in place.
+
+    Quantizers name what they add after what it is added to: on a net from Keras a fifth of the
+    file. `source_names`: tensors that were there before, which keep their names.
+    """
+    graph = model.graph
+    shown = {one.name for one in (*graph.input, *graph.output)}
+    same = _shared(graph, shown)
+    known = source_names | shown | _names_inside(graph) | {""}
+    added = [name for name in dict.fromkeys(_tensors(graph)) if name not in known]
+    short = {name: f"q{number}" for number, name in enumerate(added)}
+    called = short | {name: short.get(other, other) for name, other in same.items()}
+    for tensor in graph.initializer:
+        tensor.name = called.get(tensor.name, tensor.name)
+    for place, node in enumerate(graph.node):
+        node.input[:] = [called.get(name, name) for name in node.input]
+        node.output[:] = [called.get(name, name) for name in node.output]
+        if "Quantize" in node.op_type:
+            node.name = f"q{place}"
+    del graph.value_info[:]
+
+
+def _shared(graph: Any, shown: set[str]) -> dict[str, str]:
+    """Drops constants that are there already; what they are called instead."""
+    first: dict[Any, str] = {}
+    called, kept = {}, []
+    for tensor in graph.initializer:
+        key = (tensor.data_type, tuple(tensor.dims), tensor.raw_data)
+        if tensor.raw_data and tensor.name not in shown and key in first:
+            called[tensor.name] = first[key]
+        else:
+            first.setdefault(key, tensor.name)
+            kept.append(tensor)
+    if called:
+        kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+    return called
+
+
+def _tensors(graph: Any) -> Iterator[str]:
+    for tensor in graph.initializer:
+        yield tensor.name
+    for node in graph.node:
+        yield from node.output
+
+
+def _names_inside(graph: Any) -> set[str]:
+    """What the bodies of If, Loop and Scan may read by name."""
+    found: set[str] = set()
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                found |= {name for one in body.node for name in one.input} | _names_inside(body)
+    return found
+
+
+def compact_ir(path: Path) -> None:
+    """Write an IR's XML without white space, the quantizer's diary, and the shapes of operators'
+    inputs, which are those of the outputs they are linked to."""
+    tree = ElementTree.parse(path)  # noqa: S314  (as above)
+    root = tree.getroot()
+    for element in root.iter():
+        element.text = element.text if element.text and element.text.strip() else None
+        element.tail = None
+    for port in root.findall("layers/layer/input/port"):
+        del port[:]
+    for info in root.findall("rt_info"):
+        for diary in info.findall("nncf"):
+            info.remove(diary)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
