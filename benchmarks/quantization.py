@@ -34,7 +34,7 @@ from edgekit.artifact import Artifact, open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache
 from edgekit.compress.quantize import quantize
-from edgekit.compress.quantizers import fitted, quantizer_for
+from edgekit.compress.quantizers import fitted, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, parse_scheme
 from edgekit.conversion import Given, convert_with_proof
 from edgekit.convert import convert
@@ -185,6 +185,10 @@ class Bench:
             made = self._plain(builder, what, self.work / "plain" / slug)
         else:
             made, facts = self._edgekit(builder, fmt, what)
+        if any(spec.dtype != "float32" for spec in made.inputs) and fmt == "tflite":
+            metric = quantization_bars.top1_of_tflite(made.path, builder.data)
+            was = self.evaluated(builder, builder.source)["metric"]
+            return {"metric": metric, "drop": was - metric, "bytes": made.size_bytes}
         found = self.evaluated(builder, made)
         return {
             "metric": found["metric"], "drop": found["drop"], "interval": found["drop_interval"],
@@ -209,13 +213,14 @@ class Bench:
 
     @property
     def _source(self) -> str:
-        return "savedmodel" if self.came.format == "keras" else ""
+        return readable_as(self.came.format)
 
     def _plain(self, builder: Builder, tool: str, folder: Path) -> Artifact:
         plain = PLAIN[tool]
         source = builder.source
         if plain.takes == "savedmodel":
             source = convert(self.came, "savedmodel", cache=self.cache)
+        path = source.path.parent if source.format == "savedmodel" else source.path
         folder.mkdir(parents=True, exist_ok=True)
         suffix = {"onnx": ".onnx", "openvino": ".xml", "tflite": ".tflite"}[plain.target]
         split = builder.split
@@ -225,7 +230,7 @@ class Bench:
         target = folder / f"model{suffix}"
         code = Path(__file__).with_name("quantization_plain.py")
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(code), tool, str(source.path), str(target),
+            [sys.executable, "-W", "ignore", str(code), tool, str(path), str(target),
              str(samples)],
             capture_output=True, text=True, timeout=1800, check=False,
         )  # fmt: skip

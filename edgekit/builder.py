@@ -17,6 +17,7 @@ from edgekit.artifact import SOURCES, Artifact
 from edgekit.cache import Cache, Key, content_key
 from edgekit.compress.fix_shapes import fix_shapes
 from edgekit.compress.quantize import quantize
+from edgekit.compress.quantizers import quantizer_for, readable_as
 from edgekit.conversion import Given, convert_with_proof
 from edgekit.convert import convert, path_between, tool_versions
 from edgekit.data import Dataset, Split
@@ -61,10 +62,17 @@ class Builder:
             EdgeKitError: a converter or quantizer refuses it, crashed, or went over its limits.
         """
         artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
-        if candidate.scheme.kind in ("fp32", "bf16"):
+        scheme = candidate.scheme
+        if scheme.kind in ("fp32", "bf16"):
             return artifact
+        source, target = artifact, None
+        came = readable_as(self.came.format) if self.came else ""
+        taken = quantizer_for(scheme, candidate.format, source=came).takes
+        if self.came and taken != candidate.format:  # a quantizer inside a converter
+            source = convert(self.came, taken, cache=self.cache, limits=limits, progress=progress)
+            target = candidate.format
         return quantize(
-            artifact, candidate.scheme, self.split.calibration_data, self.split.calibration,
+            source, scheme, self.split.calibration_data, self.split.calibration, target=target,
             cache=self.cache, limits=limits, progress=progress,
         )  # fmt: skip
 

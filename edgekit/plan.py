@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgekit.artifact import FORMAT_NAMES
-from edgekit.compress.quantizers import candidate_schemes, quantizer_for
+from edgekit.compress.quantizers import candidate_schemes, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.convert import install_line, missing_extra, path_between
 from edgekit.device import DeviceProfile
@@ -74,6 +74,7 @@ def make_plan(
     engine_rulings: Mapping[str, Ruling] | None = None,
     source_ruling: Ruling | None = None,
     source_quantized: str | None = None,
+    came: str = "",
 ) -> tuple[Candidate, ...]:
     """Candidates in the order they are built, most promising first.
 
@@ -81,7 +82,8 @@ def make_plan(
     `engine_faults` holds why an engine cannot be used here (None: its probe ran), `engine_rulings`
     what is already known to keep the model from an engine on the device. `free_dimensions`: the
     model's inputs have some; `source_activations`: the types it computes in as it came;
-    `source_quantized`: what shows that it is quantized already, which is never done twice.
+    `source_quantized`: what shows that it is quantized already, which is never done twice; `came`:
+    the format it came in, where `source_format` is what it became.
     """
     native = ENGINE_OF_FORMAT[source_format]
     found = []
@@ -89,7 +91,7 @@ def make_plan(
         fmt = entry.formats[0]
         facts = profile.engines.get(engine)
         fixed = free_dimensions and facts is not None and facts.static_shapes
-        schemes = candidate_schemes(fmt, profile.quantization)
+        schemes = candidate_schemes(fmt, profile.quantization, came)
         features = set((profile.cpu.features if profile.cpu else None) or ())
         if engine == "openvino" and _BF16 & features:
             schemes += (Scheme("bf16"),)
@@ -99,11 +101,11 @@ def make_plan(
             ruling = (
                 _absent(engine, profile)
                 or (engine_rulings or {}).get(engine)
-                or _illegal(scheme, fmt, profile, source_activations)
+                or _illegal(scheme, fmt, profile, source_activations, came)
                 or (source_ruling if scheme.kind == "fp32" else None)
             )
             skip = str(ruling) if ruling else None
-            skip = skip or _why_not(one, source_format, engine_faults.get(engine))
+            skip = skip or _why_not(one, source_format, came, engine_faults.get(engine))
             if source_quantized and scheme.kind != "fp32":
                 skip = f"the model is quantized already: {source_quantized}"
             found.append(replace(one, skip=skip, ruling=ruling))
@@ -162,12 +164,12 @@ def _absent(engine: str, profile: DeviceProfile) -> Ruling | None:
 
 
 def _illegal(
-    scheme: Scheme, fmt: str, profile: DeviceProfile, source_activations: frozenset[str]
+    scheme: Scheme, fmt: str, profile: DeviceProfile, source_activations: frozenset[str], came: str
 ) -> Ruling | None:
     broken = broken_rule(scheme, profile.quantization, source_activations)
     if broken is None and scheme.kind not in _NOT_MADE:
         try:
-            quantizer_for(scheme, fmt)
+            quantizer_for(scheme, fmt, source=readable_as(came))
         except UsageError as error:  # the rules completed it to something that no tool makes
             broken = "quantization", str(error)
     if broken is None:
@@ -175,7 +177,7 @@ def _illegal(
     return Ruling(profile.id, broken[0], broken[1], _title(profile, broken[0]))
 
 
-def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str | None:
+def _why_not(candidate: Candidate, source_format: str, came: str, fault: str | None) -> str | None:
     if fault is not None:
         return f"{candidate.engine}: {fault}"
     path = path_between(source_format, candidate.format)
@@ -189,5 +191,5 @@ def _why_not(candidate: Candidate, source_format: str, fault: str | None) -> str
         if missing:
             return f"converting needs {missing}: {install_line(edge)}"
     if candidate.scheme.kind not in _NOT_MADE:
-        return quantizer_for(candidate.scheme, candidate.format).missing()
+        return quantizer_for(candidate.scheme, candidate.format, source=readable_as(came)).missing()
     return None

@@ -137,7 +137,7 @@ class _Preparation:
         metric = request.metric or ("top1" if data.labels is not None else "cosine")
         metric_named(metric)
         self._tell_about(data, split)
-        plan = self._plan(source, profile, fit, threads)
+        plan = self._plan(came, source, profile, fit, threads)
         found = conditions()
         if found["arch"] != profile.arch:
             self.diary.note(
@@ -217,7 +217,12 @@ class _Preparation:
         return fit
 
     def _plan(
-        self, source: Artifact, profile: DeviceProfile, fit: Fit | None, threads: int
+        self,
+        came: Artifact,
+        source: Artifact,
+        profile: DeviceProfile,
+        fit: Fit | None,
+        threads: int,
     ) -> tuple[Candidate, ...]:
         with self.diary.phase("probe the engines"), ThreadPoolExecutor() as pool:
             wanted = [*profile.engines, ENGINE_OF_FORMAT[source.format]]
@@ -229,7 +234,7 @@ class _Preparation:
             source_activations=fit.activations if fit else frozenset(["float32"]),
             engine_rulings=engine_rulings(fit) if fit else None,
             source_ruling=source_ruling(fit) if fit else None,
-            source_quantized=quantized_already(fit.graph) if fit else None,
+            source_quantized=quantized_already(fit.graph) if fit else None, came=came.format,
         )  # fmt: skip
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")

@@ -19,7 +19,7 @@ from edgekit.compress.account import OperatorAccount, account_of, noise_of
 from edgekit.compress.calibration import calibration_request
 from edgekit.compress.fix_shapes import fix_shapes, has_free_dimensions
 from edgekit.compress.quantize import quantize
-from edgekit.compress.quantizers import Quantizer, fitted, quantizer_for
+from edgekit.compress.quantizers import Quantizer, fitted, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.conversion import Given, convert_with_proof
 from edgekit.convert import convert
@@ -165,9 +165,8 @@ class _Job:
 
     def _quantizer(self, came: Artifact) -> Quantizer:
         request = self.request
-        keras = "savedmodel" if came.format in ("keras", "savedmodel") else ""
         wanted = replace(request.scheme, keep=request.keep or request.scheme.keep)
-        quantizer = quantizer_for(wanted, request.target, source=keras)
+        quantizer = quantizer_for(wanted, request.target, source=readable_as(came.format))
         missing = quantizer.missing()
         if missing:
             raise UsageError(missing)

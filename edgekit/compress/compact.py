@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,9 +19,9 @@ def compact_onnx(model: Any, source_names: set[str]) -> None:
     file. `source_names`: tensors that were there before, which keep their names.
     """
     graph = model.graph
-    shown = {one.name for one in (*graph.input, *graph.output)}
-    same = _shared(graph, shown)
-    known = source_names | shown | _names_inside(graph) | {""}
+    fixed = {one.name for one in (*graph.input, *graph.output)} | _names_inside(graph) | {""}
+    same = _shared(graph, fixed)
+    known = source_names | fixed
     added = [name for name in dict.fromkeys(_tensors(graph)) if name not in known]
     short = {name: f"q{number}" for number, name in enumerate(added)}
     called = short | {name: short.get(other, other) for name, other in same.items()}
@@ -34,21 +35,23 @@ def compact_onnx(model: Any, source_names: set[str]) -> None:
     del graph.value_info[:]
 
 
-def _shared(graph: Any, shown: set[str]) -> dict[str, str]:
+def _shared(graph: Any, fixed: set[str]) -> dict[str, str]:
     """Drops constants that are there already; what they are called instead."""
-    first: dict[Any, str] = {}
-    called, kept = {}, []
-    for tensor in graph.initializer:
-        key = (tensor.data_type, tuple(tensor.dims), tensor.raw_data)
-        if tensor.raw_data and tensor.name not in shown and key in first:
-            called[tensor.name] = first[key]
+    first: dict[bytes, str] = {}
+    called: dict[str, str] = {}
+    copies = []
+    for place, tensor in enumerate(graph.initializer):
+        name = tensor.name
+        tensor.ClearField("name")
+        key = sha256(tensor.SerializeToString()).digest()
+        tensor.name = name
+        if not tensor.external_data and name not in fixed and key in first:
+            called[name] = first[key]
+            copies.append(place)
         else:
-            first.setdefault(key, tensor.name)
-            kept.append(tensor)
-    if called:
-        kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+            first.setdefault(key, name)
+    for place in reversed(copies):
+        del graph.initializer[place]
     return called
 
 

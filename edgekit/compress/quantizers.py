@@ -14,7 +14,9 @@ from edgekit.compress.scheme import COMPUTE_OPERATORS, Scheme
 from edgekit.device import Quantization
 from edgekit.errors import UsageError, pip_install
 
-__all__ = ["QUANTIZERS", "Quantizer", "candidate_schemes", "fitted", "quantizer_for"]
+__all__ = [
+    "QUANTIZERS", "Quantizer", "candidate_schemes", "fitted", "quantizer_for", "readable_as",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ QUANTIZERS = (
 )  # fmt: skip
 
 
+def readable_as(came: str) -> str:
+    """The format, if any, in which quantizers inside converters read a model that came so."""
+    return "savedmodel" if came in ("keras", "savedmodel") else ""
+
+
 def quantizer_for(scheme: Scheme, target: str, *, source: str = "") -> Quantizer:
     """The tool for a scheme of a format: the one it names, else the first that makes the kind from
     a model of that format (or of `source`).
@@ -179,10 +186,14 @@ def fitted(scheme: Scheme, quantizer: Quantizer, rules: Quantization) -> Scheme:
     return replace(made, activations=(allowed or preferred)[0])
 
 
-def candidate_schemes(target: str, rules: Quantization) -> tuple[Scheme, ...]:
-    """What `optimize` tries for a format, most promising first, made to fit the rules."""
+def candidate_schemes(target: str, rules: Quantization, came: str = "") -> tuple[Scheme, ...]:
+    """What `optimize` tries for a format, most promising first, made to fit the rules. `came`: the
+    format the model came in."""
+    source = readable_as(came)
     tried = _TRIED.get(target, ())
-    made = (fitted(one, quantizer_for(one, target), rules) for one in tried)
+    if source and target == "tflite":
+        tried += (Scheme("int8-static", tool="tensorflow"),)
+    made = (fitted(one, quantizer_for(one, target, source=source), rules) for one in tried)
     return (Scheme("fp32"), *made)
 
 

@@ -74,7 +74,7 @@ DATA_FAULTS = {
     "dtype": ({"image": np.float64}, "dtype float64, the model takes float32"),
     "shape": ({"image": (240, 1, 10, 12)}, "shape [1, 1, 10, 12], the model takes [N, 1, 12, 12]"),
     "labels": ({"labels": (239,)}, "'labels' has 239 samples, 'image' has 240"),
-    "classes": ({"labels": 77}, "labels go from 77 to 77; the model's first output has 4 classes"),
+    "classes": ({"labels": 77}, "labels go from 77 to 77; the model's scores are for 4 classes"),
     "nan": ({"image": np.nan}, "sample 0 of 'image' holds NaN or Inf"),
     "zero": ({"image": (0, 1, 12, 12), "labels": (0,)}, "holds no samples"),
 }

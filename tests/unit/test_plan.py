@@ -46,6 +46,12 @@ def test_reference_comes_first_and_every_engine_has_every_scheme() -> None:
             assert one.scheme.reduce_range is (one.engine != "litert")
 
 
+def test_tensorflows_own_quantizer_is_tried_on_what_came_from_it() -> None:
+    profile = load_profile("generic-x86-64")
+    extra = planned("onnx", profile, came="keras").keys() - planned("onnx", profile).keys()
+    assert extra == {"litert-int8-static-tensorflow"}
+
+
 def test_profile_decides_the_range() -> None:
     plan = planned("onnx", load_profile("raspberry-pi-5"))
     assert not any(c.scheme.reduce_range for c in plan.values())
