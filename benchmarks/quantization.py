@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -221,7 +222,8 @@ class Bench:
         if plain.takes == "savedmodel":
             source = convert(self.came, "savedmodel", cache=self.cache)
         path = source.path.parent if source.format == "savedmodel" else source.path
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # litert-quantizer refuses to write over it
+        folder.mkdir(parents=True)
         suffix = {"onnx": ".onnx", "openvino": ".xml", "tflite": ".tflite"}[plain.target]
         split = builder.split
         samples = folder / "samples.npz"

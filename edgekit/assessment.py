@@ -242,8 +242,8 @@ class _Assessment:
         return found
 
     def _tell_about(self, data: Dataset) -> None:
-        if data.unused:
-            self.diary.note(f"arrays of {data.source} not used: {', '.join(data.unused)}")
+        for note in data.notes:
+            self.diary.note(note)
         copies = data.count - len(np.unique(data.hashes))
         if copies:
             self.diary.note(

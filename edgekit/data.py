@@ -99,6 +99,13 @@ class Dataset:
         """Arrays of the source that are neither inputs nor labels."""
         return tuple(self._index["unused"])
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it."""
+        if not self.unused:
+            return []
+        return [f"arrays of {self.source} not used: {', '.join(self.unused)}"]
+
     @cached_property
     def hashes(self) -> NDArray[Any]:
         """uint64 per sample: equal samples have equal hashes."""

@@ -163,6 +163,8 @@ def _canonical(outputs: Outputs, base: Path | None, store: _OutputStore | None) 
 
 def _check_labels(metric: Metric, labels: Labels, outputs: Outputs, source: str) -> None:
     """Class numbers must be ones the model can answer."""
+    if metric.classes:
+        _refuse_one_hot(labels, outputs, source)
     if labels is None or not metric.classes or labels.ndim != 1 or labels.dtype.kind not in "iub":
         return
     first = next(iter(outputs.values()))
@@ -174,6 +176,19 @@ def _check_labels(metric: Metric, labels: Labels, outputs: Outputs, source: str)
         raise InputError(
             f"{source}: labels go from {low} to {high}; the model's scores are for {classes} "
             f"classes (0 to {classes - 1})"
+        )
+
+
+def _refuse_one_hot(labels: Labels, outputs: Outputs, source: str) -> None:
+    """As many columns as the model has scores, and nothing but a single 1 in each row."""
+    if labels is None or labels.ndim != 2 or labels.dtype.kind not in "fiub":
+        return
+    first, width = labels[:1000], labels.shape[1]
+    single = np.isin(first, (0, 1)).all() and (first.sum(axis=1) == 1).all()
+    if width > 1 and width == scores_of(outputs).size and single:
+        raise InputError(
+            f"{source}: labels are rows of {width} numbers, one of them 1; wanted class numbers: "
+            "labels.argmax(1)"
         )
 
 
@@ -273,6 +288,7 @@ def _usual(labels: Labels, outputs: Outputs, source: str, *, compared: bool) -> 
         if scores.size > 1 and next(iter(outputs.values())).ndim <= 2:
             names.append("agreement")
     elif not _are_classes(labels, outputs):
+        _refuse_one_hot(labels, outputs, source)
         names = ["mae", "rmse"]
     else:
         names = ["top1", "f1"]

@@ -24,6 +24,7 @@ from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
 from edgekit.cache import Cache, write_atomically
 from edgekit.choose import Entrant, over_budget, rank
+from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
 from edgekit.device import Roofline
 from edgekit.errors import (
     EdgeKitError,
@@ -45,9 +46,11 @@ from edgekit_runtime import __version__
 
 __all__ = ["Request", "optimize"]
 
-#: shares of `--budget` by which building, then measuring must be over
-_BUILD_SHARE, _MEASURE_SHARE = 0.6, 0.85
+#: shares of `--budget` by which building, repairing, then measuring must be over
+_BUILD_SHARE, _REPAIR_SHARE, _MEASURE_SHARE = 0.4, 0.65, 0.85
 _MEASURE_SAMPLES = 32
+#: what is not faster than this share of the best with all operators quantized is not repaired
+_WORTH_REPAIRING = 0.97
 
 
 def optimize(
@@ -75,6 +78,7 @@ class _Run:
         self.diary = Diary(observer)
         self.incomplete: list[str] = []
         self.roofline: Roofline | None = None
+        self.search: dict[str, int] = {"evaluations": 0, "screenings": 0}
 
     def go(self) -> dict[str, Any]:
         self.job = prepare(self.request, self.diary, self.cache)
@@ -86,6 +90,8 @@ class _Run:
             self.work = Path(scratch)
             with self.diary.phase("build and evaluate"):
                 self._build_all(rows)
+            with self.diary.phase("repair what lost too much"):
+                self._repair_all(rows)
             with self.diary.phase("measure"):
                 self._measure_all(rows)
             with self.diary.phase("choose and confirm"):
@@ -166,6 +172,7 @@ class _Run:
         )  # fmt: skip
         if reason:
             row.end("dropped", reason)
+            row.lost = True
         self.observer.row(
             candidate.id,
             f"{self.job.metric} {figure:.4f}" + (f", dropped: {reason}" if reason else ""),
@@ -191,6 +198,92 @@ class _Run:
                 for reason in fit.reasons(place, "no"):
                     broken = broken or f"{place.id}: {reason}"
         return f"made, but not for {profile.id}: {broken}" if broken else None
+
+    # --- repair ---------------------------------------------------------------------------------
+
+    def _repair_all(self, rows: list[Row]) -> None:
+        """Win back what lost too much, where it could win then; a row for all that is tried."""
+        lost = [row for row in rows if row.lost and row.candidate.scheme.kind in REPAIRED]
+        if not lost or self.cancel.is_set():
+            return
+        deadline = self._deadline(_REPAIR_SHARE)
+
+        def limits() -> sandbox.Limits:
+            left = 900.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0 or self.cancel.is_set():
+                raise SearchEndedError
+            return sandbox.Limits(timeout_s=min(900.0, left), cancel=self.cancel)
+
+        job = self.job
+        control = AccuracyControl(
+            job.builder, job.profile.quantization, self.request.max_drop, limits,
+            lambda text: self.observer.row("repair", text),
+        )  # fmt: skip
+        control.known = {row.candidate.id for row in rows}
+        try:
+            self._quick_look(rows)
+            for row in sorted(lost, key=self._cost):
+                able = [r for r in rows if r.status == "planned"]
+                best = min(able, key=self._cost)
+                if self._cost(row) >= _WORTH_REPAIRING * self._cost(best):
+                    row.reason += f"; not repaired: even so it would not beat {best.candidate.id}"
+                    self.observer.row(row.candidate.id, row.reason)
+                    continue
+                self._repair(row, rows, control)
+        except SearchEndedError:
+            if not self.cancel.is_set():
+                self.incomplete.append("the budget was spent before all that lost was repaired")
+        except EdgeKitError:
+            if not self.cancel.is_set():
+                raise
+        if self.cancel.is_set() and not self.incomplete:
+            self.incomplete.append("stopped by the user")
+        self.search = {"evaluations": control.evaluations, "screenings": control.screenings}
+
+    def _repair(self, row: Row, rows: list[Row], control: AccuracyControl) -> None:
+        row.blame = blame(control.sensitivity(row.candidate))
+        if row.blame:
+            names = ", ".join(one["outputs"][-1] for one in row.blame)
+            row.reason += f"; most of the noise comes from {names}"
+            self.observer.row(row.candidate.id, row.reason)
+        found: Row | None = None
+        for tried in control.repair(row.candidate, row.evaluation["drop"]):
+            one = Row(tried.candidate, artifact=tried.artifact, evaluation=dict(tried.evaluation))
+            rows.append(one)
+            broken = self._broken_promise(one)
+            if broken or not tried.within:
+                one.end("dropped" if tried.evaluation else "failed", broken or tried.reason)
+            else:
+                found = one
+        if found is not None:
+            self._quick_look([rows[0], found])
+
+    def _quick_look(self, rows: list[Row]) -> None:
+        """About how long each takes, to know what is worth repairing; measured again later."""
+        contenders = [
+            Contender(
+                row.candidate.id, row.artifact.path, self.job.threads, row.candidate.engine,
+                serious=False, precision=row.candidate.precision,
+            )
+            for row in rows
+            if row.artifact is not None and row.evaluation
+        ]  # fmt: skip
+        taken = measure(
+            contenders, rows[0].candidate.id, inputs=self._measuring_inputs(),
+            rounds=Rounds(least=3, most=3, block_s=0.02), cancel=self.cancel,
+            deadline=self._deadline(_REPAIR_SHARE), seed=self.request.seed,
+        )  # fmt: skip
+        base = taken[rows[0].candidate.id].medians_ns
+        for row in rows:
+            found = taken.get(row.candidate.id)
+            if found is not None and found.rounds_ns and base:
+                row.quick = float(np.median(found.medians_ns) / np.median(base))
+
+    def _cost(self, row: Row) -> float:
+        """What is to be least: latency as a quick look found it (of the reference's), or size."""
+        if self.request.minimize == "size":
+            return float(row.artifact.size_bytes) if row.artifact else float("inf")
+        return row.quick
 
     # --- measure --------------------------------------------------------------------------------
 
@@ -444,6 +537,7 @@ class _Run:
             "command": request.command,
             "edgekit": __version__,
             "conditions": self.job.conditions,
+            "search": self.search,
             "roofline": self.roofline.model_dump() if self.roofline else None,
         }
 

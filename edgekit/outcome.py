@@ -36,6 +36,9 @@ class Row:
     evaluation: dict[str, Any] = field(default_factory=dict)
     measurement: Measurement | None = None
     roof_share: float | None = None
+    quick: float = float("inf")
+    lost: bool = False
+    blame: list[dict[str, Any]] = field(default_factory=list)
 
     def end(self, status: str, reason: str) -> None:
         """Settle the candidate's fate."""
@@ -72,6 +75,8 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
         "placement": measured.placement if measured else None,
         "size_bytes": row.artifact.size_bytes if row.artifact else None,
         "build_s": round(row.build_s, 3),
+        "kept_float": list(candidate.scheme.keep),
+        "blame": row.blame,
     }
 
 

@@ -260,8 +260,8 @@ class _Preparation:
                 f"no labels in {request.data}: outputs are compared with those of the model as it "
                 f"came, and --max-drop {request.max_drop:g} is in cosine"
             )
-        if data.unused:
-            self.diary.note(f"arrays of {request.data} not used: {', '.join(data.unused)}")
+        for note in data.notes:
+            self.diary.note(note)
         if len(split.selection) < 100:
             self.diary.note(
                 f"only {len(split.selection)} samples to select on: differences of one point "

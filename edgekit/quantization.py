@@ -21,6 +21,7 @@ from edgekit.compress.fix_shapes import fix_shapes, has_free_dimensions
 from edgekit.compress.quantize import quantize
 from edgekit.compress.quantizers import Quantizer, fitted, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
+from edgekit.control import REPAIRED, AccuracyControl, Tried, blame
 from edgekit.conversion import Given, convert_with_proof
 from edgekit.convert import convert
 from edgekit.data import Dataset, Split, check_calibration, open_dataset, split_samples
@@ -44,6 +45,10 @@ __all__ = ["QuantizeRequest", "Quantized", "quantize_model", "target_of"]
 #: samples that the noise on tensors is measured on
 _NOISE_SAMPLES = 16
 _MADE_UP = 64
+#: engines of devices without an operating system that run a format, too
+_ALSO_RUN = {"tflite": ("tflm", "ethos-u")}
+#: a share of the metric whose loss is said aloud where no limit was given
+_COLLAPSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class _Job:
         # Without a device, it is for this machine as far as that decides what comes out right here.
         here = Quantization(reduce_range=this_machine().quantization.reduce_range)
         self.rules = self.profile.quantization if self.profile else here
+        self.sensitive: dict[str, str] = {}
 
     def go(self) -> Quantized:
         request = self.request
@@ -150,9 +156,25 @@ class _Job:
             self._keep_promises(made)
         self._tell_of_saturation(quantizer, scheme)
         with self.diary.phase("evaluate"):
-            evaluation, reason = self._evaluate(before, made, data, split, scheme)
+            samples = np.sort(np.concatenate([split.selection, split.confirmation]))
+            evaluation, reason = self._evaluate(before, made, data, split, samples)
+        if self._may_repair(quantizer, scheme, evaluation):
+            with self.diary.phase("leave the worst operators in float"):
+                found = self._repaired(before, data, split, scheme)
+            if found is not None and found.artifact is not None:
+                made, scheme = found.artifact, found.candidate.scheme
+                self._keep_promises(made)
+                evaluation, reason = self._evaluate(before, made, data, split, split.confirmation)
         with self.diary.phase("account"):
             operators = self._account(before, made, scheme, quantizer, split)
+        if request.max_drop is None and evaluation["drop"] > _COLLAPSE * abs(
+            evaluation["reference"]
+        ):
+            self.diary.note(
+                f"THIS MODEL IS MUCH WORSE: {evaluation['name']} {evaluation['reference']:.4f} -> "
+                f"{evaluation['metric']:.4f}; --max-drop 0.01 finds what must stay float, or "
+                "refuses it"
+            )
         for step in made.provenance[-1:]:
             for note in step.get("notes", ()):
                 self.diary.note(note)
@@ -173,7 +195,8 @@ class _Job:
         if self.profile is not None:
             scheme = fitted(wanted, quantizer, self.rules)
             engine = ENGINE_OF_FORMAT[request.target]
-            if engine not in self.profile.engines:
+            able = {engine, *_ALSO_RUN.get(request.target, ())}
+            if not able & set(self.profile.engines):
                 others = ", ".join(self.profile.engines) or "none"
                 raise UsageError(
                     f"{self.profile.id} has no {engine}, which runs {FORMAT_NAMES[request.target]};"
@@ -239,6 +262,13 @@ class _Job:
         if request.data is None:
             return self._made_up(came)
         data = open_dataset(request.data, came.inputs, self.cache, pipeline)
+        for note in data.notes:
+            self.diary.note(note)
+        if data.labels is None and request.max_drop is not None and request.metric is None:
+            self.diary.note(
+                f"no array 'labels' in {request.data}: answers are compared with those of the "
+                f"float model, and --max-drop {request.max_drop:g} is in cosine"
+            )
         calibration = None
         if request.calibration:
             calibration = open_dataset(request.calibration, came.inputs, self.cache, pipeline)
@@ -332,27 +362,62 @@ class _Job:
                 "device"
             )
 
-    def _evaluate(
-        self, before: Artifact, made: Artifact, data: Dataset, split: Split, scheme: Scheme
-    ) -> tuple[dict[str, Any], str]:
-        request = self.request
-        metric = request.metric or ("top1" if data.labels is not None else "cosine")
+    def _builder(self, before: Artifact, data: Dataset, split: Split) -> Builder:
+        metric = self.request.metric or ("top1" if data.labels is not None else "cosine")
         metric_named(metric)
-        engine = ENGINE_OF_FORMAT[made.format]
-        reference = Candidate("float", engine, made.format, Scheme("fp32"), 1)
-        builder = Builder(before, data, split, metric, conditions()["isa"], self.cache, reference)
+        engine = ENGINE_OF_FORMAT[before.format]
+        reference = Candidate("float", engine, before.format, Scheme("fp32"), 1)
+        return Builder(before, data, split, metric, conditions()["isa"], self.cache, reference)
+
+    def _evaluate(
+        self, before: Artifact, made: Artifact, data: Dataset, split: Split,
+        samples: NDArray[np.int64],
+    ) -> tuple[dict[str, Any], str]:  # fmt: skip
+        request, builder = self.request, self._builder(before, data, split)
+        reference, metric = builder.reference, builder.metric
         limits = request.limits or sandbox.Limits(timeout_s=900.0)
-        samples = np.sort(np.concatenate([split.selection, split.confirmation]))
         was = builder.evaluate(reference, before, samples, limits, self._progress("float model"))
-        candidate = replace(reference, id="quantized", scheme=scheme)
+        candidate = replace(reference, id="quantized")
         found = builder.evaluate(candidate, made, samples, limits, self._progress("quantized"))
         found |= {"name": metric, "reference": was["metric"]}
+        found["least_cosine"] = found.pop("cosine")
         broken = found["broken"]
         if broken:
             return found, f"NaN or Inf in the outputs of {broken} of {found['samples']} samples"
         if request.max_drop is not None and not found["drop"] <= request.max_drop:
             return found, f"it loses {found['drop']:.4f} {metric}, {request.max_drop:g} is allowed"
         return found, ""
+
+    def _may_repair(self, quantizer: Quantizer, scheme: Scheme, evaluation: dict[str, Any]) -> bool:
+        allowed = self.request.max_drop
+        return (
+            allowed is not None
+            and not evaluation["drop"] <= allowed
+            and scheme.kind in REPAIRED
+            and "keep" in quantizer.kinds[scheme.kind]
+        )
+
+    def _repaired(
+        self, before: Artifact, data: Dataset, split: Split, scheme: Scheme
+    ) -> Tried | None:
+        """The model with as few operators in float as keep it within --max-drop on one half of the
+        samples; the other half confirms it."""
+        limits = self.request.limits or sandbox.Limits(timeout_s=900.0)
+        builder = self._builder(before, data, split)
+        control = AccuracyControl(
+            builder, self.rules, self.request.max_drop or 0.0, lambda: limits, self.diary.note
+        )
+        candidate = replace(builder.reference, id=scheme.id, scheme=scheme)
+        ranking = control.sensitivity(candidate)
+        for one in blame(ranking):
+            for name in one["outputs"]:
+                self.sensitive[name] = (
+                    f"quantized alone, it leaves {one['sqnr_db']:.0f} dB of the outputs"
+                )
+        found = None
+        for tried in control.keep_float(candidate):
+            found = tried if tried.within else found
+        return found
 
     def _account(
         self, before: Artifact, made: Artifact, scheme: Scheme, quantizer: Quantizer, split: Split
@@ -366,7 +431,9 @@ class _Job:
             except EdgeKitError as error:
                 self.diary.note(f"the noise of tensors inside is not known: {error}")
         name = self.profile.id if self.profile else ""
-        reasons = dict.fromkeys(self.ruled, f"a rule of {name} (quantization.float_operators)")
+        kept = set(scheme.keep) - {*self.request.keep, *self.request.scheme.keep}
+        reasons = {name: self.sensitive.get(name, "sensitive") for name in kept}
+        reasons |= dict.fromkeys(self.ruled, f"a rule of {name} (quantization.float_operators)")
         return account_of(made, scheme, quantizer.tool, noise=noise, reasons=reasons)
 
     def _progress(self, what: str) -> Any:

@@ -135,6 +135,8 @@ def _convert(cleaned: Path, folder: Path, recipe: str) -> bytes:
                 keep_shape_absolutely_input_names=inputs,
                 not_use_onnxsim=True,
                 not_use_opname_auto_generate=True,  # the plain names are unique already
+                # TFLite has no Erf, of which exact GELU is made
+                replace_to_pseudo_operators=["erf"],
                 non_verbose=True,
             )
     except (Exception, SystemExit) as error:  # it calls sys.exit on what it cannot convert

@@ -133,10 +133,11 @@ def _show_metrics(result: dict[str, Any]) -> None:
     compared = any("drop" in one for one in metrics)
     spread = any("folds" in one for one in metrics)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
-    for name in ("value", "95 % interval", *(["reference", "drop (95 %)"] if compared else []),
+    for name in ("metric", "value"):  # whatever the width, these stay whole; others wrap
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
+    for name in ("95 % interval", *(["reference", "drop (95 %)"] if compared else []),
                  *(["folds: mean, sd", "least to greatest"] if spread else [])):  # fmt: skip
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", min_width=7)
     for one in metrics:
         row = [
             escape(one["name"].rpartition(":")[2]),

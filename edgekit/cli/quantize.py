@@ -155,7 +155,8 @@ def _document(model: str, made: Quantized) -> dict[str, Any]:
 def _show(made: Quantized, written: list[Path]) -> None:
     for note in made.notes:
         stdout.print(f"note: {note}", markup=False, soft_wrap=True)
-    stdout.print(f"\n{made.scheme}, by {made.tool}", style="bold", markup=False, soft_wrap=True)
+    by = "" if made.scheme.tool else f", by {made.tool}"
+    stdout.print(f"\n{made.scheme}{by}", style="bold", markup=False, soft_wrap=True)
     stdout.print(_types(made))
     reasons = Counter((one.kept, one.type) for one in made.operators if one.kept)
     by_reason: dict[str, list[str]] = {}
@@ -168,6 +169,9 @@ def _show(made: Quantized, written: list[Path]) -> None:
     if noisy:
         stdout.print(f"\nnoisiest of {len(noisy)} tensors (with the noise of all before them)")
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=False)
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")  # whole, since --keep-float wants it so
         for one in noisy[:_NOISIEST]:
             table.add_row(f"{one.sqnr_db:.1f} dB", one.type, escape(one.output))
         stdout.print(table)

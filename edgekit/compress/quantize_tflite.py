@@ -76,7 +76,7 @@ def quantize_tflite(
         raise ModelError(
             f"litert-quantizer cannot quantize the model: {one_line(error)}"
         ) from error
-    quantized.export_model(target)
+    quantized.export_model(target, overwrite=True)
     made = read_graph(Path(target))
     if not any(t.quantized or t.dtype == "float16" for t in made.tensors.values()):
         raise ModelError("nothing was quantized: no operator the scheme covers")

@@ -169,11 +169,17 @@ def parse_scheme(text: str) -> Scheme:
         raise UsageError(f"no scheme {kind!r}; known: {', '.join(KINDS)}")
     made: dict[str, Any] = {"block": _DEFAULT_BLOCK} if kind == "int4-weights" else {}
     recovery: list[str] = []
+    said: dict[str, str] = {}
     for word in filter(None, (one.strip() for one in rest.split(","))):
         if word in RECOVERY:
             recovery.append(word)
         elif word in _WORDS:
-            made |= _WORDS[word]
+            for field, value in _WORDS[word].items():
+                if said.setdefault(field, word) != word:
+                    raise UsageError(
+                        f"scheme {text!r}: {said[field]!r} and {word!r} exclude each other"
+                    )
+                made[field] = value
         else:
             raise UsageError(
                 f"scheme {text!r}: unknown word {word!r}; known: {', '.join([*_WORDS, *RECOVERY])}"

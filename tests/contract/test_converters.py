@@ -1,5 +1,7 @@
 """One suite for every conversion: the same numbers come out, under the same names."""
 
+import math
+
 import numpy as np
 import pytest
 from cnn import cnn_scores, small_cnn
@@ -36,6 +38,27 @@ def test_outputs_and_names_stay(target, constants, tmp_path, cache) -> None:
     with load(made.path) as session:
         found = session.run({"image": images})["scores"]
     np.testing.assert_allclose(found, cnn_scores(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_exact_gelu_reaches_every_engine(target, tmp_path, cache) -> None:
+    """TFLite has no Erf: without being told, onnx2tf writes a TensorFlow operator, which no
+    interpreter on a device has. The reference is the C library's."""
+    onnx, floats = pytest.importorskip("onnx"), 1
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Erf", ["x"], ["y"])], "g",
+        [onnx.helper.make_tensor_value_info("x", floats, [1, 9])],
+        [onnx.helper.make_tensor_value_info("y", floats, [1, 9])],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "e.onnx"
+    )
+    made = convert(open_model(tmp_path / "e.onnx"), target, cache=cache)
+    x = np.linspace(-4, 4, 9, dtype=np.float32)[None]
+    with load(made.path) as session:
+        found = session.run({"x": x})["y"]
+    np.testing.assert_allclose(found[0], [math.erf(float(v)) for v in x[0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
