@@ -3,6 +3,7 @@
     python benchmarks/quantization.py [--work FOLDER] [--only MODEL ...] [--scheme TEXT ...]
     python benchmarks/quantization.py --memory      # calibrating with 2,000 samples against 100
     python benchmarks/quantization.py --bars        # what the rows so far say of the bars
+    python benchmarks/quantization.py --tables      # the rows so far
 
 All take the same calibration samples (200) and are evaluated on the same test samples, one at a
 time, by the same code. Latency is the median of rounds in which all models of a network take turns,
@@ -186,8 +187,11 @@ class Bench:
             made = self._plain(builder, what, self.work / "plain" / slug)
         else:
             made, facts = self._edgekit(builder, fmt, what)
-        if any(spec.dtype != "float32" for spec in made.inputs) and fmt == "tflite":
-            metric = quantization_bars.top1_of_tflite(made.path, builder.data)
+        if any(spec.dtype == "int8" for spec in made.inputs):
+            try:
+                metric = quantization_bars.top1_of_tflite(made.path, builder.data)
+            except RuntimeError as error:
+                raise EdgeKitError(f"the engine fails: {error}") from error
             was = self.evaluated(builder, builder.source)["metric"]
             return {"metric": metric, "drop": was - metric, "bytes": made.size_bytes}
         found = self.evaluated(builder, made)
@@ -338,6 +342,7 @@ def main() -> None:
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bars", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="of the rows that there are")
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -347,6 +352,13 @@ def main() -> None:
         return
     if args.bars:
         print(quantization_bars.bars(quantization_bars.read_rows(work)))
+        return
+    if args.tables:
+        made = quantization_bars.read_rows(work)
+        for name in args.only:
+            rows = [row for row in made if row["model"] == name]
+            rows.sort(key=lambda row: FORMATS.index(row["format"]))
+            print(f"\n## {name}\n\n{table(rows)}")
         return
     for name in args.only:
         print(f"{name}", file=sys.stderr, flush=True)

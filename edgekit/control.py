@@ -37,7 +37,11 @@ _NOISE_LEFT = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _MOST_FLOAT = 0.7
 #: what may cure a format's int8-static without costing speed, most promising first
 _OPTIONS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "onnx": ({"recovery": ("bias-correction",)}, {"tool": "nncf", "transformer": True}),
+    "onnx": (
+        {"recovery": ("bias-correction",)},
+        {"tool": "nncf", "transformer": True},
+        {"recovery": ("learned-rounding",)},
+    ),
     "openvino": ({"recovery": ("bias-correction",)}, {"transformer": True}),
     "tflite": ({"ranges": "percentile"}, {"ranges": "mse"}),
 }
@@ -82,7 +86,7 @@ class AccuracyControl:
         self.known: set[str] = set()
         self._limits, self._tell = limits, tell
         self._noise_left = _NOISE_LEFT[0]
-        self._ranked: dict[tuple[str, bool], Ranking | None] = {}
+        self._ranked: dict[tuple[str, bool, bool], Ranking | None] = {}
 
     # --- one family -----------------------------------------------------------------------------
 
@@ -173,7 +177,8 @@ class AccuracyControl:
     def sensitivity(self, candidate: Candidate) -> Ranking | None:
         """The operators by the noise that they alone bring to the outputs; None where that cannot
         be found out."""
-        key = (candidate.scheme.operators, candidate.fixed_shapes)
+        scheme = candidate.scheme
+        key = (scheme.operators, scheme.reduce_range, candidate.fixed_shapes)
         if key not in self._ranked:
             try:
                 self._ranked[key] = self._rank(candidate)
@@ -184,7 +189,8 @@ class AccuracyControl:
 
     def _rank(self, candidate: Candidate) -> Ranking:
         model, split = self._as_onnx(candidate), self.builder.split
-        scheme = Scheme("int8-static", candidate.scheme.operators)
+        wanted = candidate.scheme
+        scheme = Scheme("int8-static", wanted.operators, wanted.per_channel, wanted.reduce_range)
         rules = self.rules.model_copy(update={"reduce_range": False, "activations": None})
         scheme = fitted(scheme, quantizer_for(scheme, "onnx"), rules)
         made = quantize(

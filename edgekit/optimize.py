@@ -248,7 +248,10 @@ class _Run:
             self.observer.row(row.candidate.id, row.reason)
         found: Row | None = None
         for tried in control.repair(row.candidate, row.evaluation["drop"]):
-            one = Row(tried.candidate, artifact=tried.artifact, evaluation=dict(tried.evaluation))
+            one = Row(
+                tried.candidate, artifact=tried.artifact, evaluation=dict(tried.evaluation),
+                repairs=row.candidate.id,
+            )  # fmt: skip
             rows.append(one)
             broken = self._broken_promise(one)
             if broken or not tried.within:

@@ -38,6 +38,7 @@ class Row:
     roof_share: float | None = None
     quick: float = float("inf")
     lost: bool = False
+    repairs: str = ""
     blame: list[dict[str, Any]] = field(default_factory=list)
 
     def end(self, status: str, reason: str) -> None:
@@ -77,6 +78,7 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
         "build_s": round(row.build_s, 3),
         "kept_float": list(candidate.scheme.keep),
         "blame": row.blame,
+        "repairs": row.repairs or None,
     }
 
 

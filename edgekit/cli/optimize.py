@@ -125,6 +125,9 @@ def optimize(
         raise AnsweredError(f"{document['why']}; {document['report']} shows what was tried", 1)
 
 
+_OUT = ("dropped", "failed", "skipped")
+
+
 def _seconds(text: str | None) -> float | None:
     if text is None:
         return None
@@ -138,8 +141,9 @@ def _show(document: dict[str, Any]) -> None:
     for note in document["notes"]:
         stdout.print(f"note: {note}", markup=False, soft_wrap=True)
     rank = {"chosen": 0, "kept": 1, "dropped": 2, "failed": 3, "skipped": 4}
+    failed = [c for c in document["candidates"] if c["repairs"] and c["status"] in _OUT]
     rows = sorted(
-        document["candidates"],
+        (c for c in document["candidates"] if c not in failed),
         key=lambda c: (rank[c["status"]], _order(c, document["minimize"])),
     )
     table = Table(
@@ -149,10 +153,10 @@ def _show(document: dict[str, Any]) -> None:
         padding=(0, 1),
         pad_edge=False,
     )
-    table.add_column("candidate", no_wrap=True)
+    table.add_column("candidate", overflow="fold")  # figures stay whole, whatever the width
     for name in (document["metric"].rpartition(":")[2], "p50", "x fp32", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=min(7, len(name) + 1))
+    table.add_column("", no_wrap=True, min_width=7)
     for row in rows:
         ratio = f"{row['latency_ratio'][0]:.2f}" if row["latency_ratio"] else "-"
         figure = "-" if row["metric"] is None else f"{row['metric']:.4f}"
@@ -164,6 +168,7 @@ def _show(document: dict[str, Any]) -> None:
         )  # fmt: skip
     stdout.print(table)
     _show_reasons(rows)
+    _show_repairs(document, failed)
     where = document["conditions"]["cpu"] or document["conditions"]["arch"]
     threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
     stdout.print(f"\nmeasured on {where}, {threads}, interleaved", markup=False)
@@ -189,11 +194,38 @@ def _show_reasons(rows: list[dict[str, Any]]) -> None:
     """Why candidates are out; those out for one and the same reason on one line."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row["status"] in ("dropped", "failed", "skipped"):
+        if row["status"] in _OUT:
             reasons.setdefault((row["status"], row["reason"]), []).append(row["id"])
     for (status, reason), names in reasons.items():
         text = reason if len(reason) <= 300 else reason[:297] + "..."
         stdout.print(f"{status}: {', '.join(names)}: {text}", markup=False, soft_wrap=True)
+
+
+def _show_repairs(document: dict[str, Any], failed: list[dict[str, Any]]) -> None:
+    """What the search for operators to leave in float came to."""
+    search, found = document["search"], [
+        c for c in document["candidates"] if c["repairs"] and c not in failed
+    ]  # fmt: skip
+    if not failed and not found:
+        return
+    stdout.print(
+        f"repair: {len(failed) + len(found)} builds, {search['evaluations']} evaluated on all "
+        f"samples, {search['screenings']} screened on some first; {len(found)} within the budget",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for one in found:
+        kept = one["kept_float"]
+        names = f": {', '.join(kept[:5])}{' ...' if len(kept) > 5 else ''}" if kept else ""
+        told = f"{len(kept)} operators in float{names}" if kept else one["scheme"]
+        stdout.print(f"repaired: {one['id']}: {told}", markup=False, soft_wrap=True)
+    if failed:
+        least = min(failed, key=lambda c: c["metric_drop"] if c["metric_drop"] is not None else 9e9)
+        drop = least["metric_drop"]
+        if drop is not None and not found:
+            stdout.print(
+                f"the nearest was {least['id']}, which loses {drop:.4f}", markup=False,
+                soft_wrap=True,
+            )  # fmt: skip
 
 
 def _show_confirmation(document: dict[str, Any]) -> None:

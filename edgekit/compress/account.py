@@ -77,8 +77,9 @@ def account_of(
             continue
         weights = _weights_of(operator, graph)
         computed = _computed(operator, graph, types)
-        if weights is not None and "float" in weights:  # what it reads is unpacked first
-            computed = "float32"
+        kept_float = not {*operator.outputs}.isdisjoint(scheme.keep)
+        if kept_float or (weights is not None and "float" in weights):
+            computed = "float32"  # what it reads is unpacked first
         is_quantized = computed in _INTEGERS or weights in (*_INTEGERS, "float16")
         kept = "" if is_quantized else _why(operator, weights, scheme, tool, reasons or {})
         output = operator.outputs[0]

@@ -202,8 +202,8 @@ _STATIC = Scheme("int8-static")
 _TRIED = {
     "onnx": (_MATMUL, _STATIC, Scheme("int8-dynamic"), Scheme("fp16")),
     "openvino": (
-        _MATMUL, _STATIC, Scheme("int8-static", transformer=True), Scheme("int8-weights"),
-        Scheme("fp16"),
+        _MATMUL, _STATIC, Scheme("int8-static", transformer=True),
+        Scheme("int8-weights", weights_symmetric=False), Scheme("fp16"),
     ),
     "tflite": (_MATMUL, _STATIC, Scheme("int8-dynamic"), Scheme("fp16")),
 }  # fmt: skip
