@@ -130,7 +130,7 @@ def _sizes(rows: list[Row]) -> list[str]:
             f"{worst[1]} | {worst[0]:.2f}x of allowed | {told} |"
         )
     for fmt in FORMATS:
-        base = floats.get(("text", fmt))
+        base = floats.get(("text", "onnx"))
         able = [
             r for r in rows
             if (r["model"], r["format"], r["by"]) == ("text", fmt, "edgekit")

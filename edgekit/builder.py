@@ -37,7 +37,8 @@ def _names(artifact: Artifact) -> list[set[str]]:
 @dataclass
 class Builder:
     """Everything a candidate is made from. `isa` are the CPU's features that decide int8 results.
-    `came` is the model as it came, where `source` is what it became for an engine to load.
+    `came` is the model as it came, where `source` is what it became for an engine to load;
+    `slice_by` the array of the data by which figures are told apart.
 
     Methods may be called from several threads.
     """
@@ -50,6 +51,7 @@ class Builder:
     cache: Cache
     reference: Candidate
     came: Artifact | None = None
+    slice_by: str | None = None
     _made: dict[tuple[str, bool], Artifact | EdgeKitError] = field(default_factory=dict)
     _locks: dict[tuple[str, bool], threading.Lock] = field(default_factory=dict)
 
@@ -150,6 +152,7 @@ class Builder:
                     "metric": self.metric,
                     "folder": str(folder),
                     "reference": str(self.cache.get(base)) if base else None,
+                    "slice_by": self.slice_by,
                 },
                 limits=limits,
                 progress=progress,
@@ -167,8 +170,9 @@ class Builder:
         if metric not in METRICS:  # the user's function: what it says, not what it is called
             metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
         return content_key(
-            kind="evaluate", recipe=3, model=artifact.sha256, data=self.data.sha256,
-            samples=samples.tolist(), metric=metric, engine=tool_versions((engine,)),
+            kind="evaluate", recipe=4, model=artifact.sha256, data=self.data.sha256,
+            samples=samples.tolist(), metric=metric, slice_by=self.slice_by,
+            engine=tool_versions((engine,)),
             # int8 results depend on the CPU's instructions, and the drop on the reference
             isa=self.isa, reference=self.source.sha256, precision=candidate.precision,
         )  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import median_interval, ratio_interval
 
-__all__ = ["Choice", "Entrant", "over_budget", "rank"]
+__all__ = ["Allowed", "Choice", "Entrant", "over_budget", "rank"]
 
 #: medians further apart than this never count as equal, however wide the interval
 _LEVEL = 1.05
@@ -35,14 +35,35 @@ class Choice:
     why: str
 
 
-def over_budget(drop: float, max_drop: float, broken: int, samples: int) -> str | None:
-    """Why a candidate's accuracy rules it out, or None."""
+@dataclass(frozen=True)
+class Allowed:
+    """How much may be lost, in the metric's units: by all samples, and by each slice of them."""
+
+    drop: float
+    slice_drop: float | None = None
+
+
+def over_budget(evaluation: Mapping[str, Any], allowed: Allowed) -> str | None:
+    """Why a candidate's accuracy rules it out, or None; `evaluation` is what `evaluate` found."""
+    broken, samples = evaluation["broken"], evaluation["samples"]
+    drop = evaluation.get("drop", 0.0)
     if broken:
         return f"NaN or Inf in the outputs of {broken} of {samples} samples"
-    if not drop <= max_drop:
-        lost = f"{drop:.4f}" if drop >= 0.001 else f"{drop:.2g}"
-        return f"loses {lost}, more than the {max_drop:g} allowed"
+    if not drop <= allowed.drop:
+        return f"loses {_lost(drop)}, more than the {allowed.drop:g} allowed"
+    if allowed.slice_drop is not None:
+        slices = [one for one in evaluation.get("slices", ()) if one["drop"] is not None]
+        worst = max(slices, key=lambda one: float(one["drop"]), default=None)
+        if worst is not None and not worst["drop"] <= allowed.slice_drop:
+            return (
+                f"slice {worst['name']} ({worst['samples']} samples) loses "
+                f"{_lost(worst['drop'])}, more than the {allowed.slice_drop:g} allowed for a slice"
+            )
     return None
+
+
+def _lost(drop: float) -> str:
+    return f"{drop:.4f}" if drop >= 0.001 else f"{drop:.2g}"
 
 
 def rank(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgekit import sandbox
 from edgekit.artifact import Artifact
 from edgekit.builder import Builder
-from edgekit.choose import over_budget
+from edgekit.choose import Allowed, over_budget
 from edgekit.compress.quantize import quantize
 from edgekit.compress.quantizers import fitted, quantizer_for
 from edgekit.compress.scheme import Scheme, broken_rule
@@ -78,10 +78,10 @@ class AccuracyControl:
     SearchEndedError; `known` are the ids of candidates that were tried before."""
 
     def __init__(
-        self, builder: Builder, rules: Quantization, max_drop: float,
+        self, builder: Builder, rules: Quantization, allowed: Allowed,
         limits: Callable[[], sandbox.Limits], tell: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.builder, self.rules, self.max_drop = builder, rules, max_drop
+        self.builder, self.rules, self.allowed = builder, rules, allowed
         self.evaluations = self.screenings = 0
         self.known: set[str] = set()
         self._limits, self._tell = limits, tell
@@ -227,11 +227,11 @@ class AccuracyControl:
                 found = self._evaluate(candidate, artifact, few)
                 span = found.get("drop_interval")
                 self.screenings += 1
-                if span and span[0] > self.max_drop:
+                if span and span[0] > self.allowed.drop:
                     return self._told(Tried(
                         candidate, artifact, found, screened=True, within=False,
                         reason=f"loses {found['drop']:.4f} (at least {span[0]:.4f}) on "
-                        f"{len(few)} samples, more than the {self.max_drop:g} allowed",
+                        f"{len(few)} samples, more than the {self.allowed.drop:g} allowed",
                     ))  # fmt: skip
             found = self._evaluate(candidate, artifact, samples)
         except EdgeKitError as error:
@@ -242,7 +242,7 @@ class AccuracyControl:
                 Tried(candidate, None, {}, screened=False, within=False, reason=str(error))
             )
         self.evaluations += 1
-        reason = over_budget(found["drop"], self.max_drop, found["broken"], found["samples"])
+        reason = over_budget(found, self.allowed)
         return self._told(
             Tried(candidate, artifact, found, screened=False, within=not reason,
                   reason=reason or "")

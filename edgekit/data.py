@@ -99,6 +99,23 @@ class Dataset:
         """Arrays of the source that are neither inputs nor labels."""
         return tuple(self._index["unused"])
 
+    def array(self, name: str) -> NDArray[Any]:
+        """Any array of the source, labels and unused ones among them.
+
+        Raises:
+            InputError: there is none of that name, or it has no single value per sample.
+        """
+        known = [one for one in self._index["arrays"] if one != HASHES]
+        if name not in known:
+            raise InputError(f"{self.source} has no array {name!r}; it has {', '.join(known)}")
+        found = self._map(self._index["arrays"][name])
+        if found.ndim != 1 or len(found) != self.count:
+            raise InputError(
+                f"{self.source}: {name!r} has the shape {list(found.shape)}; wanted one value per "
+                "sample"
+            )
+        return found
+
     @property
     def notes(self) -> list[str]:
         """What the user should know of it."""

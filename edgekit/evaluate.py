@@ -101,8 +101,10 @@ def evaluate(
     metric: str,
     folder: str,
     reference: str | None = None,
+    slice_by: str | None = None,
 ) -> dict[str, Any]:
-    """Run a model over samples; returns its figure and, given a reference, the paired drop.
+    """Run a model over samples; returns its figure and, given a reference, the paired drop; the
+    same for each value that the data's array `slice_by` has.
 
     `folder` receives the rows and, for a reference, outputs to compare others with.
     `reference` is the folder an earlier call made for the reference model on the same samples.
@@ -140,7 +142,34 @@ def evaluate(
             "drop_interval": paired_interval(chosen, table, before, labels),
             "cosine": float(np.min(cosines)) if cosines else None,
         }
+    if slice_by is not None:
+        parts = np.asarray(dataset.array(slice_by)[samples])
+        others = None if base is None else _RowFile(base / "rows").array()
+        result["slices"] = _slices(chosen, table, others, labels, (slice_by, parts))
     return result
+
+
+def _slices(
+    metric: Metric, rows: Rows, before: Rows | None, labels: Labels,
+    by: tuple[str, NDArray[Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The figure of each part of the samples, and what it lost."""
+    name, parts = by
+    found = []
+    for value in np.unique(parts):
+        of = parts == value
+        some = None if labels is None else labels[of]
+        figure = _defined(metric, rows[of], some)
+        one: dict[str, Any] = {
+            "name": f"{name}={value}", "samples": int(of.sum()),
+            "metric": figure if math.isfinite(figure) else None, "drop": None,
+        }  # fmt: skip
+        if before is not None:
+            drop = metric.drop(figure, _defined(metric, before[of], some))
+            one["drop"] = drop if math.isfinite(drop) else None
+            one["drop_interval"] = paired_interval(metric, rows[of], before[of], some)
+        found.append(one)
+    return found
 
 
 def _sound(outputs: Outputs) -> bool:

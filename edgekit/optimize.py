@@ -23,7 +23,7 @@ from edgekit import sandbox
 from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
 from edgekit.cache import Cache, write_atomically
-from edgekit.choose import Entrant, over_budget, rank
+from edgekit.choose import Allowed, Entrant, over_budget, rank
 from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
 from edgekit.device import Roofline
 from edgekit.errors import (
@@ -74,10 +74,12 @@ class _Run:
         self, request: Request, observer: Observer, cache: Cache, cancel: threading.Event
     ) -> None:
         self.request, self.observer, self.cache, self.cancel = request, observer, cache, cancel
+        self.allowed = Allowed(request.max_drop, request.max_slice_drop)
         self.started = time.monotonic()
         self.diary = Diary(observer)
         self.incomplete: list[str] = []
         self.roofline: Roofline | None = None
+        self.saved = False
         self.search: dict[str, int] = {"evaluations": 0, "screenings": 0}
 
     def go(self) -> dict[str, Any]:
@@ -109,6 +111,9 @@ class _Run:
         if reference.status == "failed":
             raise ModelError(f"the reference cannot be evaluated: {reference.reason}")
         self._doubt(reference)
+        if not self.cancel.is_set():
+            self._quick_look([reference])
+            self._save_best([reference])
         deadline = self._deadline(_BUILD_SHARE)
         todo = [row for row in rows[1:] if row.status == "planned"]
         # Builds and evaluations are not timed, so they may share the machine.
@@ -166,10 +171,7 @@ class _Run:
             self.observer.row(candidate.id, f"{row.status}: {row.reason}")
             return None
         figure = row.evaluation["metric"]
-        reason = over_budget(
-            row.evaluation.get("drop", 0.0), self.request.max_drop, row.evaluation["broken"],
-            row.evaluation["samples"],
-        )  # fmt: skip
+        reason = over_budget(row.evaluation, self.allowed)
         if reason:
             row.end("dropped", reason)
             row.lost = True
@@ -216,12 +218,13 @@ class _Run:
 
         job = self.job
         control = AccuracyControl(
-            job.builder, job.profile.quantization, self.request.max_drop, limits,
+            job.builder, job.profile.quantization, self.allowed, limits,
             lambda text: self.observer.row("repair", text),
         )  # fmt: skip
         control.known = {row.candidate.id for row in rows}
         try:
             self._quick_look(rows)
+            self._save_best(rows)
             for row in sorted(lost, key=self._cost):
                 able = [r for r in rows if r.status == "planned"]
                 best = min(able, key=self._cost)
@@ -260,6 +263,7 @@ class _Run:
                 found = one
         if found is not None:
             self._quick_look([rows[0], found])
+            self._save_best(rows)
 
     def _quick_look(self, rows: list[Row]) -> None:
         """About how long each takes, to know what is worth repairing; measured again later."""
@@ -281,6 +285,17 @@ class _Run:
             found = taken.get(row.candidate.id)
             if found is not None and found.rounds_ns and base:
                 row.quick = float(np.median(found.medians_ns) / np.median(base))
+                row.measurement = found
+
+    def _save_best(self, rows: list[Row]) -> None:
+        """Write the best so far: whatever ends this run, a bundle within the budget is there."""
+        able = [
+            row for row in rows
+            if row.status == "planned" and row.measurement and not row.candidate.reference_only
+        ]  # fmt: skip
+        if able and not self.cancel.is_set():
+            self._write_bundle(min(able, key=self._cost), ["the best so far of a search"])
+            self.saved = True
 
     def _cost(self, row: Row) -> float:
         """What is to be least: latency as a quick look found it (of the reference's), or size."""
@@ -431,7 +446,7 @@ class _Run:
             self.diary.note(f"not confirmed: {error}")
             return None
         drop = after.get("drop", 0.0)
-        reason = over_budget(drop, self.request.max_drop, after["broken"], after["samples"])
+        reason = over_budget(after, self.allowed)
         return {
             "metric": after["metric"],
             "reference_metric": before["metric"],
@@ -451,7 +466,9 @@ class _Run:
         report = request.out / "report.html"
         document = self._document(rows, chosen, confirmation)
         if chosen is not None:
-            self._write_bundle(chosen)
+            self._write_bundle(chosen, self.incomplete)
+        elif self.saved:
+            (request.out / "model.edgekit").unlink(missing_ok=True)
         document["seconds"] = {**self.diary.seconds, "total": time.monotonic() - self.started}
         samples = {row.candidate.id: row.measurement.rounds_ns for row in rows if row.measurement}
         write_atomically(report, report_html(document).encode())
@@ -463,7 +480,7 @@ class _Run:
             self.cache.trim()
         return document
 
-    def _write_bundle(self, chosen: Row) -> None:
+    def _write_bundle(self, chosen: Row, incomplete: list[str]) -> None:
         assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
         assert chosen.measurement is not None  # noqa: S101
         request, placement = self.request, chosen.measurement.placement
@@ -494,7 +511,7 @@ class _Run:
                 "model_sha256": self.job.source.sha256,
                 "data_sha256": self.job.data.sha256,
                 "steps": list(chosen.artifact.provenance),
-                "incomplete": self.incomplete,
+                "incomplete": incomplete,
             },
             work=self.work,
         )  # fmt: skip
@@ -523,6 +540,7 @@ class _Run:
             "metric": self.job.metric,
             "higher_is_better": metric_named(self.job.metric).higher_is_better,
             "max_drop": request.max_drop,
+            "max_slice_drop": request.max_slice_drop,
             "minimize": request.minimize,
             "threads": self.job.threads,
             "seed": request.seed,

@@ -68,6 +68,7 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
         "metric_drop_interval": row.evaluation.get("drop_interval"),
         "samples": row.evaluation.get("samples"),
         "cosine": row.evaluation.get("cosine"),
+        "slices": row.evaluation.get("slices"),
         "latency_ns": measured.latency() if measured else None,
         "latency_ratio": row.ratio_to(reference),
         "roof_share": row.roof_share,

@@ -54,6 +54,8 @@ class Request:
     calibration: str | None = None
     metric: str | None = None
     max_drop: float = 0.01
+    slice_by: str | None = None
+    max_slice_drop: float | None = None
     minimize: Aim = "latency"
     target: str = "local"
     budget_s: float | None = None
@@ -117,6 +119,13 @@ class _Preparation:
             raise UsageError(f"the target {request.target!r} is not known; this version has: local")
         if not request.max_drop >= 0:
             raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
+        if request.max_slice_drop is not None and not (
+            request.max_slice_drop >= 0 and request.slice_by
+        ):
+            raise UsageError(
+                f"--max-slice-drop is {request.max_slice_drop:g}; wanted 0 or more, and with "
+                "--slice-by the array of the data that says which slice a sample is of"
+            )
         profile = load_profile(request.profile)
         threads = request.threads or profile.threads
         if not request.dry_run:
@@ -136,6 +145,8 @@ class _Preparation:
             split = split_samples(data, calibration, seed=request.seed)
         metric = request.metric or ("top1" if data.labels is not None else "cosine")
         metric_named(metric)
+        if request.slice_by:
+            data.array(request.slice_by)
         self._tell_about(data, split)
         plan = self._plan(came, source, profile, fit, threads)
         found = conditions()
@@ -159,7 +170,9 @@ class _Preparation:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
             self.diary.note(f"{plan[0].id} is only what the others are compared with: {why}")
         self.diary.observer.plan(plan, profile)
-        builder = Builder(source, data, split, metric, found["isa"], self.cache, plan[0], came)
+        builder = Builder(
+            source, data, split, metric, found["isa"], self.cache, plan[0], came, request.slice_by
+        )
         return Job(
             profile, threads, source, fit, pipeline, data, split, metric, plan, found, builder,
         )  # fmt: skip
@@ -260,7 +273,7 @@ class _Preparation:
                 f"no labels in {request.data}: outputs are compared with those of the model as it "
                 f"came, and --max-drop {request.max_drop:g} is in cosine"
             )
-        for note in data.notes:
+        for note in data.notes if data.unused != (request.slice_by,) else ():
             self.diary.note(note)
         if len(split.selection) < 100:
             self.diary.note(

@@ -15,6 +15,7 @@ from edgekit import sandbox
 from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache
+from edgekit.choose import Allowed
 from edgekit.compress.account import OperatorAccount, account_of, noise_of
 from edgekit.compress.calibration import calibration_request
 from edgekit.compress.fix_shapes import fix_shapes, has_free_dimensions
@@ -405,7 +406,11 @@ class _Job:
         limits = self.request.limits or sandbox.Limits(timeout_s=900.0)
         builder = self._builder(before, data, split)
         control = AccuracyControl(
-            builder, self.rules, self.request.max_drop or 0.0, lambda: limits, self.diary.note
+            builder,
+            self.rules,
+            Allowed(self.request.max_drop or 0.0),
+            lambda: limits,
+            self.diary.note,
         )
         candidate = replace(builder.reference, id=scheme.id, scheme=scheme)
         ranking = control.sensitivity(candidate)

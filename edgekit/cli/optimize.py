@@ -43,6 +43,8 @@ def optimize(
     preprocess: Path | None = None,
     metric: str | None = None,
     max_drop: float = 0.01,
+    slice_by: str | None = None,
+    max_slice_drop: float | None = None,
     minimize: Literal["latency", "size"] = "latency",
     on: str = "local",
     budget: str | None = None,
@@ -82,6 +84,11 @@ def optimize(
         (against the model as it came; default without labels), or module.py:function.
     max_drop
         How much may be lost, in the metric's own units (0.01: one point of accuracy).
+    slice_by
+        An array of the data (or 'labels') that says which slice a sample is of: figures are given
+        for each slice.
+    max_slice_drop
+        How much the worst slice may lose.
     minimize
         What to minimize within the accuracy budget.
     on
@@ -104,7 +111,8 @@ def optimize(
         raise UsageError(f"--threads is {threads}; wanted at least 1")
     request = Request(
         Path(model), for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
-        max_drop=max_drop, minimize=minimize, target=on, budget_s=_seconds(budget),
+        max_drop=max_drop, slice_by=slice_by, max_slice_drop=max_slice_drop, minimize=minimize,
+        target=on, budget_s=_seconds(budget),
         threads=threads, seed=seed, dry_run=dry_run,
         reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
@@ -126,6 +134,7 @@ def optimize(
 
 
 _OUT = ("dropped", "failed", "skipped")
+_SLICES = 12
 
 
 def _seconds(text: str | None) -> float | None:
@@ -176,6 +185,7 @@ def _show(document: dict[str, Any]) -> None:
         "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
     )
     _show_confirmation(document)
+    _show_slices(document)
     if document["chosen"] is None:
         return
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
@@ -199,6 +209,22 @@ def _show_reasons(rows: list[dict[str, Any]]) -> None:
     for (status, reason), names in reasons.items():
         text = reason if len(reason) <= 300 else reason[:297] + "..."
         stdout.print(f"{status}: {', '.join(names)}: {text}", markup=False, soft_wrap=True)
+
+
+def _show_slices(document: dict[str, Any]) -> None:
+    """What each slice lost in the chosen one, the worst first."""
+    chosen = [c for c in document["candidates"] if c["id"] == document["chosen"] and c["slices"]]
+    for row in chosen:
+        slices = sorted(row["slices"], key=lambda one: -(one["drop"] or 0.0))
+        for one in slices[:_SLICES]:
+            figure = "-" if one["metric"] is None else f"{one['metric']:.4f}"
+            drop = "-" if one["drop"] is None else f"{one['drop']:+.4f}"
+            stdout.print(
+                f"slice {one['name']}: {document['metric']} {figure} (drop {drop}) on "
+                f"{one['samples']} samples", markup=False, soft_wrap=True,
+            )  # fmt: skip
+        if len(slices) > _SLICES:
+            stdout.print(f"and {len(slices) - _SLICES} slices that lost less")
 
 
 def _show_repairs(document: dict[str, Any], failed: list[dict[str, Any]]) -> None:

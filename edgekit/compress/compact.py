@@ -73,15 +73,17 @@ def _names_inside(graph: Any) -> set[str]:
 
 
 def compact_ir(path: Path) -> None:
-    """Write an IR's XML without white space, the quantizer's diary, and the shapes of operators'
-    inputs, which are those of the outputs they are linked to."""
+    """Write an IR's XML without white space, the quantizer's diary, and shapes inside, which
+    OpenVINO infers again from those of the model's inputs."""
     tree = ElementTree.parse(path)  # noqa: S314  (as above)
     root = tree.getroot()
     for element in root.iter():
         element.text = element.text if element.text and element.text.strip() else None
         element.tail = None
-    for port in root.findall("layers/layer/input/port"):
-        del port[:]
+    for place in ("input", "output"):
+        for port in root.findall(f"layers/layer/{place}/port"):
+            for size in port.findall("dim"):
+                port.remove(size)
     for info in root.findall("rt_info"):
         for diary in info.findall("nncf"):
             info.remove(diary)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.choose import Entrant, over_budget, rank
+from edgekit.choose import Allowed, Entrant, over_budget, rank
 from edgekit.measure.benchmark import Measurement
 
 
@@ -68,4 +68,20 @@ def test_too_few_rounds_never_call_a_slow_small_candidate_level() -> None:
     [(0.01, 0, False), (0.0100001, 0, True), (-0.5, 0, False), (0.0, 1, True), (np.nan, 0, True)],
 )
 def test_accuracy_budget(drop: float, broken: int, out: bool) -> None:
-    assert (over_budget(drop, 0.01, broken, 100) is not None) is out
+    found = {"drop": drop, "broken": broken, "samples": 100}
+    assert (over_budget(found, Allowed(0.01)) is not None) is out
+
+
+def test_the_worst_slice_may_rule_out_what_is_good_on_average() -> None:
+    slices = [
+        {"name": "class=0", "samples": 90, "metric": 1.0, "drop": 0.0},
+        {"name": "class=1", "samples": 10, "metric": 0.4, "drop": 0.5},
+        {"name": "class=2", "samples": 1, "metric": None, "drop": None},
+    ]
+    found = {"drop": 0.005, "broken": 0, "samples": 101, "slices": slices}
+    assert over_budget(found, Allowed(0.01)) is None
+    assert over_budget(found, Allowed(0.01, 0.5)) is None
+    reason = over_budget(found, Allowed(0.01, 0.1))
+    assert reason == (
+        "slice class=1 (10 samples) loses 0.5000, more than the 0.1 allowed for a slice"
+    )
