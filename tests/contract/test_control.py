@@ -28,9 +28,12 @@ pytestmark = pytest.mark.needs("onnxruntime")
 PLANTED = {"big", "small"}  # what makes the outlier, and what reads it
 
 
-def outlier_net(path: Path) -> Path:
+def outlier_net(path: Path, *, wide: int = 0) -> Path:
     """The small CNN with a channel made a thousand times greater, and small again behind the
-    pooling: in float nothing changes, in 8 bits per tensor the other channels are lost."""
+    pooling: in float nothing changes, in 8 bits per tensor the other channels are lost.
+
+    `wide`: the convolution itself makes it greater, and there is a detour through so many
+    features, to have weights to store."""
     weights = cnn_weights()
     scale = np.ones((1, 8, 1, 1), np.float32)
     scale[0, 3] = 1000
@@ -44,6 +47,17 @@ def outlier_net(path: Path) -> Path:
         helper.make_node("Flatten", ["small"], ["f"]),
         helper.make_node("Gemm", ["f", "w2", "b2"], ["scores"], transB=1),
     ]
+    if wide:
+        weights["w1"][3] *= 1000
+        weights["b1"][3] *= 1000
+        del weights["s"], nodes[2]
+        nodes[2].input[0] = "r"
+        there = np.random.default_rng(1).normal(0, wide**-0.5, (72, wide))
+        weights |= {"there": there.astype(np.float32)}
+        weights |= {"back": np.linalg.pinv(there).astype(np.float32)}
+        nodes[-1].input[0] = "g"
+        nodes.insert(-1, helper.make_node("MatMul", ["f", "there"], ["h"]))
+        nodes.insert(-1, helper.make_node("MatMul", ["h", "back"], ["g"]))
     graph = helper.make_graph(
         nodes, "outlier",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, 12, 12])],
