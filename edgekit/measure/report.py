@@ -57,6 +57,7 @@ def report_html(document: dict[str, Any]) -> str:
         _section("Confirmation on untouched samples", *_confirmation(document, scale)),
         _section("Accuracy against latency", *_plot(document, scale, ranked, figure)),
         _section("All candidates", *_candidates(document, scale, ranked)),
+        _losses(document),
         _section("Conditions of the measurement", *_conditions(document)),
         _section("How to reproduce", *_reproduce(document)),
     )
@@ -402,6 +403,30 @@ def _candidates(
         )
     table = _element("table", _element("thead", head), *rows)
     return _element("p", legend, class_="small"), _element("div", table, class_="scroll")
+
+
+def _losses(document: _Document) -> _Markup:
+    """The operators to blame where accuracy was lost, and which stayed float for it."""
+    facts: list[tuple[str, object]] = []
+    for one in document["candidates"]:
+        blamed = [
+            f"{', '.join(group['types'])} {', '.join(group['outputs'])} ({group['sqnr_db']:g} dB)"
+            for group in one.get("blame") or ()
+        ]
+        if blamed:
+            facts.append((one["id"], "; ".join(blamed)))
+        if one.get("repairs") and one["status"] in ("chosen", "kept") and one["kept_float"]:
+            facts.append((f"{one['id']} keeps in float", "; ".join(one["kept_float"])))
+    if not facts:
+        return _Markup("")
+    search = document["search"]
+    told = (
+        "The operators that bring the most noise to the outputs when each is quantized alone, with "
+        "the signal to noise they leave. Finding what must stay float took "
+        f"{search['evaluations']} evaluations on all selection samples and "
+        f"{search['screenings']} on some."
+    )
+    return _section("Where accuracy is lost", _element("p", told, class_="small"), _facts(facts))
 
 
 def _row(
