@@ -16,7 +16,7 @@ REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklea
 
 # What measures runs alone; the rest shares the processors.
 test: check
-	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 -m 'not measures' tests
+	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not measures' tests
 	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -m measures tests
 
 # Every public model of the corpus to every format: an hour or two.
