@@ -59,7 +59,7 @@ def test_quantizing_everything_collapses_and_is_dropped(run) -> None:
 def test_what_onnx2tf_alone_converts_wrongly_is_converted_right(run) -> None:
     rows = [row for row in run[0]["candidates"] if not row["repairs"]]
     litert = {row["id"]: row for row in rows if row["engine"] == "litert"}
-    assert len(litert) == 4
+    assert len(litert) == 5
     assert abs(litert["litert-fp32"]["metric_drop"]) < 1e-9
     assert all(row["status"] != "planned" and row["reason"] is not None for row in litert.values())
 
