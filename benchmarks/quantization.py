@@ -3,6 +3,7 @@
     python benchmarks/quantization.py [--work FOLDER] [--only MODEL ...] [--scheme TEXT ...]
     python benchmarks/quantization.py --memory      # calibrating with 2,000 samples against 100
     python benchmarks/quantization.py --bars        # what the rows so far say of the bars
+    python benchmarks/quantization.py --latency     # times the rows so far
     python benchmarks/quantization.py --tables      # the rows so far
 
 All take the same calibration samples (200) and are evaluated on the same test samples, one at a
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--scheme", nargs="*", default=[], help="instead of all")
     parser.add_argument("--fresh", action="store_true", help="make EdgeKit's rows again")
     parser.add_argument("--no-latency", action="store_true")
+    parser.add_argument("--latency", action="store_true", help="of the rows that there are")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--bars", action="store_true")
     parser.add_argument("--tables", action="store_true", help="of the rows that there are")
@@ -347,6 +349,13 @@ def main() -> None:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     data = (args.data or work / "data").resolve()
+    if args.latency:
+        made = quantization_bars.read_rows(work)
+        for name in args.only:
+            rows = [row for row in made if row["model"] == name and "path" in row]
+            print(f"{name}: {len(rows)} models", file=sys.stderr, flush=True)
+            Bench(prepare(name, data), work, fresh=False).time(rows)
+        return
     if args.memory:
         print(quantization_bars.memory(prepare("fashion", data), work))
         return

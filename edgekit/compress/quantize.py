@@ -51,7 +51,7 @@ def quantize(
     if scheme.needs_data and data is not None:
         calibration = [data.sha256, samples.tolist()]
     key = content_key(
-        kind="quantize", recipe=11, function=quantizer.function, source=artifact.sha256,
+        kind="quantize", recipe=12, function=quantizer.function, source=artifact.sha256,
         scheme=scheme.to_json(), calibration=calibration, tools=versions,
     )  # fmt: skip
     name = f"model{SUFFIX[made_as]}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.compact import compact_onnx
+from edgekit.compress.float_onnx import stay_float
 from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, Prepared, prepare_onnx, save_onnx
 from edgekit.compress.ranges import RangeFinder
 from edgekit.compress.scheme import Scheme
@@ -78,6 +79,7 @@ def quantize_onnx(
         raise ModelError(
             "nothing was quantized: no operator the scheme covers has constant weights"
         )
+    stay_float(made, set(prepared.kept))
     compact_onnx(made, prepared.names)
     save_onnx(made, target)
     return _facts(facts, wanted, stored, prepared.notes)

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.compact import compact_onnx
+from edgekit.compress.float_onnx import stay_float
 from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, prepare_onnx, save_onnx
 from edgekit.compress.quantize_openvino import bound_bias_correction, range_estimator
 from edgekit.compress.scheme import Scheme
@@ -52,6 +53,7 @@ def quantize_onnx_nncf(
     if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
         raise ModelError("nothing was quantized: no operator the scheme covers")
     stored = dict(stored_weights(made))
+    stay_float(made, set(prepared.kept))
     compact_onnx(made, prepared.names)
     save_onnx(made, target)
     return {"stored": stored, "notes": prepared.notes}
