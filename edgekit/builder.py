@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,25 @@ class Builder:
         if self.came and taken != candidate.format:  # a quantizer inside a converter
             source = convert(self.came, taken, cache=self.cache, limits=limits, progress=progress)
             target = candidate.format
+        onnx = None
+        if scheme.recovery and candidate.format != "onnx":
+            with suppress(EdgeKitError):
+                onnx = self.onnx(candidate, limits, progress)
         return quantize(
             source, scheme, self.split.calibration_data, self.split.calibration, target=target,
-            cache=self.cache, limits=limits, progress=progress,
+            onnx=onnx, cache=self.cache, limits=limits, progress=progress,
         )  # fmt: skip
+
+    def onnx(self, candidate: Candidate, limits: sandbox.Limits, progress: Progress) -> Artifact:
+        """The float model as ONNX, on which sensitivity and recovery are computed.
+
+        Raises:
+            EdgeKitError: there is no way to ONNX, or it fails.
+        """
+        came = self.came
+        if self.source.format != "onnx" and came and path_between(came.format, "onnx") is not None:
+            return convert(came, "onnx", cache=self.cache, limits=limits, progress=progress)
+        return self._converted("onnx", candidate.fixed_shapes, limits, progress)
 
     def _converted(
         self, fmt: str, fixed: bool, limits: sandbox.Limits, progress: Progress

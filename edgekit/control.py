@@ -39,11 +39,19 @@ _MOST_FLOAT = 0.7
 _OPTIONS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "onnx": (
         {"recovery": ("bias-correction",)},
+        {"recovery": ("learned-rounding", "bias-correction")},
         {"tool": "nncf", "transformer": True},
-        {"recovery": ("learned-rounding",)},
     ),
-    "openvino": ({"recovery": ("bias-correction",)}, {"transformer": True}),
-    "tflite": ({"ranges": "percentile"}, {"ranges": "mse"}),
+    "openvino": (
+        {"transformer": True},
+        {"recovery": ("learned-rounding",)},
+        {"recovery": ("bias-correction",)},
+    ),
+    "tflite": (
+        {"ranges": "percentile"},
+        {"ranges": "percentile", "recovery": ("learned-rounding", "bias-correction")},
+        {"ranges": "mse"},
+    ),
 }
 #: kinds of schemes that are
 REPAIRED = ("int8-static", "int16x8")
@@ -203,8 +211,7 @@ class AccuracyControl:
         )  # fmt: skip
 
     def _as_onnx(self, candidate: Candidate) -> Artifact:
-        plain = replace(candidate, format="onnx", scheme=Scheme("fp32"))
-        return self.builder.artifact(plain, self._limits(), _silent)
+        return self.builder.onnx(candidate, self._limits(), _silent)
 
     def _called(self, candidate: Candidate, ranking: Ranking, count: int) -> tuple[str, ...]:
         """Operators in the words of the candidate's format."""

@@ -19,12 +19,10 @@ from edgekit.choose import Allowed
 from edgekit.compress.account import OperatorAccount, account_of, noise_of
 from edgekit.compress.calibration import calibration_request
 from edgekit.compress.fix_shapes import fix_shapes, has_free_dimensions
-from edgekit.compress.quantize import quantize
 from edgekit.compress.quantizers import Quantizer, fitted, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.control import REPAIRED, AccuracyControl, Tried, blame
 from edgekit.conversion import Given, convert_with_proof
-from edgekit.convert import convert
 from edgekit.data import Dataset, Split, check_calibration, open_dataset, split_samples
 from edgekit.device import DeviceProfile, Quantization
 from edgekit.errors import EdgeKitError, ModelError, UsageError
@@ -133,7 +131,7 @@ class _Job:
         request = self.request
         quantizer_for(request.scheme, request.target, source="savedmodel")  # before any reading
         with self.diary.phase("read the model and the data"):
-            came = open_model(request.model, reading=request.reading)
+            came = self.came = open_model(request.model, reading=request.reading)
             quantizer = self._quantizer(came)
             pipeline = Pipeline()
             if request.preprocess:
@@ -147,12 +145,10 @@ class _Job:
         scheme = self._scheme(quantizer, graph)
         before = self._fixed(before, data, split)
         with self.diary.phase("quantize"):
-            source, target = before, None
-            if quantizer.takes != before.format:
-                source, target = convert(came, quantizer.takes, cache=self.cache), before.format
-            made = quantize(
-                source, scheme, split.calibration_data, split.calibration, target=target,
-                cache=self.cache, limits=request.limits, progress=self._progress("quantizing"),
+            builder = self._builder(before, data, split)
+            made = builder.artifact(
+                replace(builder.reference, id=scheme.id, scheme=scheme),
+                request.limits or sandbox.Limits(timeout_s=1800.0), self._progress("quantizing"),
             )  # fmt: skip
             self._keep_promises(made)
         self._tell_of_saturation(quantizer, scheme)
@@ -368,7 +364,8 @@ class _Job:
         metric_named(metric)
         engine = ENGINE_OF_FORMAT[before.format]
         reference = Candidate("float", engine, before.format, Scheme("fp32"), 1)
-        return Builder(before, data, split, metric, conditions()["isa"], self.cache, reference)
+        isa = conditions()["isa"]
+        return Builder(before, data, split, metric, isa, self.cache, reference, came=self.came)
 
     def _evaluate(
         self, before: Artifact, made: Artifact, data: Dataset, split: Split,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from edgekit.compress.layers_onnx import readers_of
 from edgekit.errors import require
 
 __all__ = ["stay_float"]
@@ -45,7 +46,7 @@ def stay_float(model: Any, kept: Collection[str]) -> int:
 class _Graph:
     def __init__(self, model: Any) -> None:
         self._onnx = require("onnx", extra="onnx")
-        self._graph = model.graph
+        self._model, self._graph = model, model.graph
         self.stored = {one.name: one for one in model.graph.initializer}
         self.makers = {name: node for node in model.graph.node for name in node.output}
 
@@ -115,18 +116,17 @@ class _Graph:
         return next(i for i, one in enumerate(self._graph.node) if one.name == node.name)
 
     def sweep(self) -> None:
-        """Take out roundings that nothing reads any more."""
-        shown = {one.name for one in self._graph.output}
-        while True:
-            read = {name for node in self._graph.node for name in node.input} | shown
-            dead = [
-                node for node in self._graph.node
-                if node.op_type in _ROUNDING and not read & set(node.output)
-            ]  # fmt: skip
-            if not dead:
-                break
+        """Take out roundings that nothing reads any more, and their constants."""
+        while dead := self._unread():
             for node in dead:
                 self._graph.node.remove(node)
-        read = {name for node in self._graph.node for name in node.input} | shown
+        read = self._read()
         for tensor in [one for one in self._graph.initializer if one.name not in read]:
             self._graph.initializer.remove(tensor)
+
+    def _unread(self) -> list[Any]:
+        nodes, read = self._graph.node, self._read()
+        return [one for one in nodes if one.op_type in _ROUNDING and not read & set(one.output)]
+
+    def _read(self) -> set[str]:
+        return {*readers_of(self._model), *(one.name for one in self._graph.output)}

@@ -38,7 +38,7 @@ def quantize_onnx(
     Gemm become MatMulNBits, embeddings GatherBlockQuantized, what else has weights is in 8 bits.
     fp16: a Cast to float32 in front of each weight.
 
-    Returns facts: `stored`, the number of weights by type, `notes`, and those of the recovery.
+    Returns facts: `stored`, the number of weights by type, and `notes`.
 
     Raises:
         ModelError: the quantizer refuses the model, it is quantized already, or nothing was
@@ -49,17 +49,10 @@ def quantize_onnx(
     tools = require("onnxruntime.quantization", extra="onnx")
     wanted = Scheme.from_json(scheme)
     small = wanted.kind in ("int16x8", "int4-weights")
-    facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder, _Quiet():
         prepared = prepare_onnx(
             source[0], folder, wanted.keep, _SMALL_TYPES_OPSET if small else None
         )
-        if wanted.recovery:
-            from edgekit.compress.recover_onnx import recover
-
-            facts = recover(
-                prepared.proto, wanted, CalibrationSamples(calibration), kept=prepared.kept
-            )
         try:
             if wanted.kind in ("int8-static", "int16x8"):
                 ranges = _ranges(prepared.proto, folder, wanted, CalibrationSamples(calibration))
@@ -82,20 +75,18 @@ def quantize_onnx(
     stay_float(made, set(prepared.kept))
     compact_onnx(made, prepared.names)
     save_onnx(made, target)
-    return _facts(facts, wanted, stored, prepared.notes)
+    return _facts(wanted, stored, prepared.notes)
 
 
 _WEIGHTS = {"fp16": store_fp16, "int8-weights": store_int8, "int4-weights": store_int4}
 
 
-def _facts(
-    facts: dict[str, Any], scheme: Scheme, stored: Counter[str], notes: list[str]
-) -> dict[str, Any]:
-    notes = [*notes, *facts.get("notes", [])]
+def _facts(scheme: Scheme, stored: Counter[str], notes: list[str]) -> dict[str, Any]:
+    notes = list(notes)
     if scheme.kind == "int4-weights" and stored["int8"]:
         notes.append(f"{stored['int8']} of {stored.total()} weights are in 8 bits: "
                      "their operators have no 4-bit kernels")  # fmt: skip
-    return {**facts, "stored": dict(stored), "notes": notes}
+    return {"stored": dict(stored), "notes": notes}
 
 
 def _rounds(model: Any) -> bool:

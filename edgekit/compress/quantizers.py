@@ -6,7 +6,7 @@ Adding one touches three files: the module, the table's entry, the contract test
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import util
 
 from edgekit.artifact import FORMAT_NAMES
@@ -28,7 +28,8 @@ class Quantizer:
     -> the option words it obeys there. activations: what it can give to activations with ranges
     from calibration, the usual one first. saturates: its models are multiplied with instructions
     whose pair sums overflow on x86 without VNNI; LiteRT's kernels (XNNPACK) widen to 16 bits first
-    (tests/contract/test_quantizers.py shows it).
+    (tests/contract/test_quantizers.py shows it). recovers: kind -> what wins accuracy back on the
+    float ONNX model before this tool sees it (`edgekit.compress.recovery`).
     """
 
     tool: str
@@ -42,6 +43,7 @@ class Quantizer:
     dynamic: str = "int8"
     saturates: bool = False
     source: str = ""
+    recovers: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def takes(self) -> str:
@@ -77,6 +79,10 @@ QUANTIZERS = (
             "int4-weights": _words(f"{_BLOCKS} asymmetric-weights learned-rounding keep"),
         },
         ("uint8", "int8"), "uint8", saturates=True,
+        recovers={
+            "int8-static": _words("bias-correction equalization learned-rounding"),
+            "int4-weights": _words("learned-rounding"),
+        },
     ),
     Quantizer(
         "nncf", "onnx", "edgekit.compress.quantize_onnx_nncf:quantize_onnx_nncf", "nncf",
@@ -96,12 +102,13 @@ QUANTIZERS = (
             "fp16": _words(""),
             "int8-static": _words(
                 "matmul per-tensor 7-bit uint8 symmetric percentile mse bias-correction"
-                " smooth-quant transformer keep"
+                " smooth-quant transformer equalization learned-rounding keep"
             ),
             "int8-weights": _words("asymmetric-weights keep"),
             "int4-weights": _words(f"{_BLOCKS} asymmetric-weights learned-rounding keep"),
         },
         ("uint8",), saturates=True,
+        recovers={"int8-static": _words("equalization learned-rounding")},
     ),
     Quantizer(
         "litert-quantizer", "tflite", "edgekit.compress.quantize_tflite:quantize_tflite",
@@ -109,12 +116,16 @@ QUANTIZERS = (
         {
             "fp16": _words("keep"),
             "int8-static": _words(
-                "matmul per-tensor int8 symmetric percentile entropy mse keep"
+                "matmul per-tensor int8 symmetric percentile entropy mse bias-correction"
+                " equalization learned-rounding keep"
             ),
             "int16x8": _words("matmul per-tensor int16 symmetric percentile keep"),
             "int8-dynamic": _words("matmul per-tensor int8 keep"),
             "int8-weights": _words("matmul per-tensor keep"),
             "int4-weights": _words(f"matmul {_BLOCKS} learned-rounding keep"),
+        },
+        recovers={
+            "int8-static": _words("bias-correction equalization learned-rounding"),
         },
     ),
     Quantizer(

@@ -6,20 +6,24 @@ float model, and the quantizer's own rounding then does what they planned for.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.layers_onnx import Array, Layer, Tap, find_layers, store_weights
+from edgekit.compress.prepare_onnx import prepare_onnx, save_onnx
 from edgekit.compress.recover_equalize import equalize
 from edgekit.compress.recover_rounding import Grid, grid_of, round_by_output
 from edgekit.compress.scheme import Scheme
 from edgekit.errors import require
 
-__all__ = ["recover"]
+__all__ = ["apply", "learn", "recover"]
 
 #: samples that rounding is learned from, positions of an image that are looked at in each
 _SAMPLES, _POSITIONS = 512, 128
@@ -33,11 +37,57 @@ _FEWEST = 256
 _SAME = 1e-3
 
 
-def recover(
-    model: Any, scheme: Scheme, samples: CalibrationSamples, *, kept: Sequence[str] = ()
+def learn(
+    source: str, target: str, scheme: dict[str, Any], halves: bool, calibration: dict[str, Any]
 ) -> dict[str, Any]:
+    """Write the weights and biases that recovery changes (.npz, by tensor); what it says of them.
+    Runs in a child process."""
+    wanted = Scheme.from_json(scheme)
+    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
+        prepared = prepare_onnx(source, folder, wanted.keep)
+    before = {one.name: one.SerializeToString() for one in prepared.proto.graph.initializer}
+    samples = CalibrationSamples(calibration)
+    facts = recover(prepared.proto, wanted, samples, kept=prepared.kept, halves=halves)
+    onnx = require("onnx", extra="onnx")
+    changed = {
+        one.name: onnx.numpy_helper.to_array(one)
+        for one in prepared.proto.graph.initializer
+        if before.get(one.name) != one.SerializeToString()
+    }
+    np.savez(target, allow_pickle=False, **changed)
+    return facts
+
+
+def apply(source: str, changes: str, keep: list[str], restore: bool, target: str) -> list[str]:
+    """Write the model with what `learn` found (`restore`: but for the layers of `keep`); returns
+    the first outputs of the operators that stay float. Runs in a child process."""
+    onnx = require("onnx", extra="onnx")
+    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
+        prepared = prepare_onnx(source, folder, keep)
+    model = prepared.proto
+    with np.load(changes) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    exact = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = exact | {name: array for name, array in found.items() if name in exact}
+    stays = set(prepared.kept) if restore else set()
+    for layer in find_layers(model, exact):
+        if layer.node.name in stays:
+            for name in filter(None, (layer.weight, layer.bias)):
+                weights[name] = exact[name]
+        elif not layer.bias and _added_bias(layer) in found:
+            _add_bias(layer, weights, found[_added_bias(layer)])
+    store_weights(model, weights, exact)
+    save_onnx(model, target)
+    return [node.output[0] for node in model.graph.node if node.name in prepared.kept]
+
+
+def recover(
+    model: Any, scheme: Scheme, samples: CalibrationSamples,
+    *, kept: Sequence[str] = (), halves: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Change the prepared model in place, by the methods that `scheme.recovery` names, in this
     order: equalization, learned-rounding, bias-correction. `kept`: names of nodes that stay float.
+    `halves`: as in `grid_of`.
 
     Returns facts: how many pairs of layers were `equalized`, layers `rounded`, biases `corrected`,
     and `notes`.
@@ -51,7 +101,7 @@ def recover(
         facts["equalized"] = _equalize(model, layers, weights, samples, notes)
     exact = dict(weights)
     if "learned-rounding" in scheme.recovery:
-        facts["rounded"] = _round_all(model, layers, weights, scheme, samples, notes)
+        facts["rounded"] = _round_all(model, layers, weights, scheme, samples, notes, halves)
     if "bias-correction" in scheme.recovery:
         facts["corrected"] = _correct(model, layers, exact, weights, scheme, samples)
     store_weights(model, weights, exact)
@@ -86,14 +136,16 @@ def _equalize(
 # --- learned rounding -----------------------------------------------------------------------------
 
 
-def _grid(layer: Layer, weights: dict[str, Array], scheme: Scheme) -> Grid:
+def _grid(layer: Layer, weights: dict[str, Array], scheme: Scheme, halves: bool = False) -> Grid:
     blocks = scheme.kind == "int4-weights" and not layer.is_conv
-    return grid_of(layer.rows(weights), scheme, blocks=blocks)
+    if halves and layer.is_conv and layer.group > 1 and weights[layer.weight].shape[1] == 1:
+        scheme = replace(scheme, reduce_range=False)  # depthwise: no sums of pairs, NNCF knows
+    return grid_of(layer.rows(weights), scheme, blocks=blocks, halves=halves)
 
 
 def _round_all(  # noqa: PLR0917
     model: Any, layers: list[Layer], weights: dict[str, Array], scheme: Scheme,
-    samples: CalibrationSamples, notes: list[str],
+    samples: CalibrationSamples, notes: list[str], halves: bool,
 ) -> int:  # fmt: skip
     stored_only = scheme.kind != "int8-static"
     todo = [
@@ -107,7 +159,7 @@ def _round_all(  # noqa: PLR0917
         sums = _hessians(model, some, weights, samples)
         for layer in some:
             if all(np.isfinite(one).all() for one in sums[layer.weight]):
-                _round(layer, weights, sums[layer.weight], _grid(layer, weights, scheme))
+                _round(layer, weights, sums[layer.weight], _grid(layer, weights, scheme, halves))
                 rounded += 1
     if rounded < len(layers):
         notes.append(f"the weights of {len(layers) - rounded} layers are rounded plainly")
@@ -122,7 +174,8 @@ def _round(layer: Layer, weights: dict[str, Array], hessians: list[Array], grid:
         round_by_output(rows[part], hessian, grid.part(part, slice(None)))
         for part, hessian in zip(parts, hessians, strict=True)
     ]
-    layer.put(weights, np.concatenate(made))
+    # The quantizer finds its grid again by the greatest weights, so these stay what they are.
+    layer.put(weights, np.where(grid.held, rows, np.concatenate(made)))
 
 
 def _batches(layers: list[Layer], weights: dict[str, Array]) -> Iterator[list[Layer]]:
@@ -197,8 +250,16 @@ def _correct(  # noqa: PLR0917
     for layer in todo:
         mean = sums[layer.weight] / max(1, counts[layer.weight])
         if not layer.bias:
-            layer.bias = f"{layer.weight}-bias"
-            weights[layer.bias] = np.zeros(len(mean), np.float32)
-            layer.node.input.extend([""] * (2 - len(layer.node.input)) + [layer.bias])
+            _add_bias(layer, weights, np.zeros(len(mean), np.float32))
         weights[layer.bias] = (weights[layer.bias] - mean).astype(np.float32)
     return len(todo)
+
+
+def _added_bias(layer: Layer) -> str:
+    return f"{layer.weight}-bias"
+
+
+def _add_bias(layer: Layer, weights: dict[str, Array], bias: Array) -> None:
+    layer.bias = _added_bias(layer)
+    weights[layer.bias] = bias
+    layer.node.input.extend([layer.bias])

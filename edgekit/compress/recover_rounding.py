@@ -69,11 +69,12 @@ class Grid:
         return Grid(*map(rows, (self.step, self.zero, self.low, self.high, self.held)))
 
 
-def grid_of(rows: Array, scheme: Scheme, *, blocks: bool = False) -> Grid:
+def grid_of(rows: Array, scheme: Scheme, *, blocks: bool = False, halves: bool = False) -> Grid:
     """Where ONNX Runtime's quantizer puts weights, float64 (outputs, terms): 8 bits per output or
     for all, from -127 to 127 (-64 to 64 in 7 bits), or between their ends if they are asymmetric,
     which static per-channel weights never are; `blocks`: 4 bits as MatMulNBits has them, the step
-    of a block being its weight of greatest magnitude over -8.
+    of a block being its weight of greatest magnitude over -8. `halves`: NNCF's 7 bits, of which the
+    greatest weight is 63.5 steps away from 0 and rounds to 64 or -63.
     """
     if blocks:
         return _blocks(rows, scheme)
@@ -83,6 +84,11 @@ def grid_of(rows: Array, scheme: Scheme, *, blocks: bool = False) -> Grid:
     static = scheme.kind == "int8-static"
     asymmetric = not scheme.weights_symmetric and not (static and scheme.per_channel)
     least, most = (-64, 64) if scheme.reduce_range else (-128 if asymmetric else -127, 127)
+    if halves and scheme.reduce_range:
+        reach = np.maximum(np.maximum(-low, high), 0.0)
+        zero = np.zeros_like(reach)
+        step, held = _positive(reach / 63.5), np.abs(rows) >= reach * (1 - _END)
+        return _spread(rows.shape, step, zero, zero - 63, zero + 64, held)
     return _grid(rows, low, high, (least, most), asymmetric=asymmetric)
 
 
