@@ -54,7 +54,7 @@ _OPTIONS: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 #: kinds of schemes that are
-REPAIRED = ("int8-static", "int16x8")
+REPAIRED = ("int8-static", "int16x8", "int8-dynamic", "int8-weights")
 #: operators named for a loss, at most, and how much noisier than the best of the rest they are
 _NAMED = 5
 
@@ -94,7 +94,7 @@ class AccuracyControl:
         self.known: set[str] = set()
         self._limits, self._tell = limits, tell
         self._noise_left = _NOISE_LEFT[0]
-        self._ranked: dict[tuple[str, bool, bool], Ranking | None] = {}
+        self._ranked: dict[tuple[bool, str, bool, bool], Ranking | None] = {}
 
     # --- one family -----------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class AccuracyControl:
         """The operators by the noise that they alone bring to the outputs; None where that cannot
         be found out."""
         scheme = candidate.scheme
-        key = (scheme.operators, scheme.reduce_range, candidate.fixed_shapes)
+        key = (_stored_only(scheme), scheme.operators, scheme.reduce_range, candidate.fixed_shapes)
         if key not in self._ranked:
             try:
                 self._ranked[key] = self._rank(candidate)
@@ -198,7 +198,8 @@ class AccuracyControl:
     def _rank(self, candidate: Candidate) -> Ranking:
         model, split = self._as_onnx(candidate), self.builder.split
         wanted = candidate.scheme
-        scheme = Scheme("int8-static", wanted.operators, wanted.per_channel, wanted.reduce_range)
+        kind = "int8-weights" if _stored_only(wanted) else "int8-static"
+        scheme = Scheme(kind, wanted.operators, wanted.per_channel, wanted.reduce_range)
         rules = self.rules.model_copy(update={"reduce_range": False, "activations": None})
         scheme = fitted(scheme, quantizer_for(scheme, "onnx"), rules)
         made = quantize(
@@ -276,6 +277,11 @@ def blame(ranking: Ranking | None) -> list[dict[str, Any]]:
         for one in groups[:_NAMED]
         if one.noise > 0 and one.noise >= 0.01 * groups[0].noise
     ]
+
+
+def _stored_only(scheme: Scheme) -> bool:
+    """Whether the noise is that of the weights alone."""
+    return scheme.kind == "int8-weights"
 
 
 def _some(samples: NDArray[np.int64]) -> NDArray[np.int64]:

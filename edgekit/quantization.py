@@ -411,7 +411,8 @@ class _Job:
         )
         candidate = replace(builder.reference, id=scheme.id, scheme=scheme)
         ranking = control.sensitivity(candidate)
-        for one in blame(ranking):
+        guilty = blame(ranking)
+        for one in guilty:
             for name in one["outputs"]:
                 self.sensitive[name] = (
                     f"quantized alone, it leaves {one['sqnr_db']:.0f} dB of the outputs"
@@ -419,6 +420,9 @@ class _Job:
         found = None
         for tried in control.keep_float(candidate):
             found = tried if tried.within else found
+        if found is None and guilty:
+            names = ", ".join(one["outputs"][-1] for one in guilty)
+            self.diary.note(f"most of the noise comes from {names}")
         return found
 
     def _account(

@@ -78,7 +78,7 @@ def sensitivities(
     """
     picked = indices[:: max(1, len(indices) // _SAMPLES)][:_SAMPLES]
     key = content_key(
-        kind="sensitivity", recipe=2, model=model.sha256, quantized=quantized.sha256,
+        kind="sensitivity", recipe=3, model=model.sha256, quantized=quantized.sha256,
         data=data.sha256, samples=picked.tolist(),
     )  # fmt: skip
 
@@ -200,8 +200,10 @@ class _Alone:
 
     def candidates(self) -> list[str]:
         """Nodes that read something rounded, in execution order."""
-        return [name for name in self.nodes
-                if name in self._theirs and any(self._rounded(self._theirs[name]))]  # fmt: skip
+        return [
+            name for name, node in self._theirs.items()
+            if next(self._rounded(node), None) is not None
+        ]  # fmt: skip
 
     def _rounded(self, node: Any) -> Iterator[int]:
         for place, name in enumerate(node.input):

@@ -19,6 +19,8 @@ __all__ = ["store_fp16", "store_int4", "store_int8", "stored_weights"]
 #: smaller tensors stay as they are: a scale and an operator more would outweigh them
 _FEWEST = 256
 _FP16_MAX = 65504.0
+#: the least that has all its bits
+_FP16_LEAST = 2.0**-14
 _INTEGERS = ("INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16")
 
 
@@ -36,13 +38,14 @@ def store_fp16(prepared: Prepared, scheme: Scheme) -> None:
     onnx = require("onnx", extra="onnx")
     graph = prepared.proto.graph
     kept = _read_by(graph, prepared.kept) | {one.name for one in graph.output}
-    casts, too_great = [], []
+    casts, unfit = [], []
     for tensor in _floats(onnx, graph):
         if tensor.name in kept:
             continue
         values = onnx.numpy_helper.to_array(tensor)
-        if np.abs(values[np.isfinite(values)]).max(initial=0.0) > _FP16_MAX:
-            too_great.append(tensor.name)
+        greatest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+        if greatest > _FP16_MAX or 0 < greatest < _FP16_LEAST:
+            unfit.append(tensor.name)
             continue
         name = tensor.name
         half = _unused(graph, f"{name}_float16")
@@ -50,9 +53,10 @@ def store_fp16(prepared: Prepared, scheme: Scheme) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), half))
         casts.append(onnx.helper.make_node("Cast", [half], [name], name=half, to=1))
     _put_first(graph, casts)
-    if too_great:
+    if unfit:
         prepared.notes.append(
-            f"{len(too_great)} weights hold values beyond {_FP16_MAX:.0f} and stay float32"
+            f"{len(unfit)} weights do not fit into float16 (beyond {_FP16_MAX:.0f}, or nothing of "
+            f"{_FP16_LEAST:.0e} or more) and stay float32: {', '.join(unfit[:3])}"
         )
 
 

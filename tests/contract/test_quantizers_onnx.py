@@ -131,7 +131,7 @@ def test_fp16_is_numpys_rounding_and_leaves_what_it_cannot_hold(tmp_path) -> Non
     y, z = run(target, {"x": np.eye(40, dtype=np.float32)})
     assert np.array_equal(y, weights.astype(np.float16).astype(np.float32))
     assert np.array_equal(z, great)
-    assert "1 weights hold values beyond 65504" in facts["notes"][0]
+    assert "1 weights do not fit into float16 (beyond 65504" in facts["notes"][0]
 
 
 def test_int8_weights_are_within_half_a_step(tmp_path) -> None:
