@@ -160,8 +160,9 @@ def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, Any]]
     found = []
     for _ in range(times):
         start = time.perf_counter_ns()
+        verb = command("bench", contender)[len(contender.launched) :]
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _COLD, *command("bench", contender)[len(contender.launched) :], "--cold"],
+            [sys.executable, "-P", "-c", _COLD, *verb, "--cold"],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
         wall_ns = time.perf_counter_ns() - start

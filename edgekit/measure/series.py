@@ -18,6 +18,7 @@ __all__ = [
     "effective_size",
     "latency_summary",
     "least_count",
+    "onset",
     "quantile_interval",
     "warm_up",
     "width",
@@ -135,6 +136,31 @@ def _slower_beginning(values: NDArray[np.float64]) -> int:
     gain = np.where(left > right, ends * (n - ends) / n * (left - right) ** 2 / variance, 0.0)
     best = int(np.argmax(gain))
     return best + 1 if gain[best] > 3 * math.log(n) else 0
+
+
+def onset(values: Sequence[float], *, least: float = 0.05) -> int | None:
+    """Where a series becomes slower for good: the first value of the slow part, None if nowhere.
+
+    The split whose two sides' medians explain most, as for `warm_up`; believed when the later
+    median lies over `least` above the earlier one. An engine that warms up first: cut that off.
+    """
+    taken = np.log(np.maximum(np.asarray(values, np.float64), 1.0))
+    n = len(taken)
+    if n < _LEAST_FOR_WARM_UP:
+        return None
+    sums, squares = np.cumsum(taken), np.cumsum(taken**2)
+    ends = np.arange(2, n - 1)  # two values on each side at least
+    left, right = sums[ends - 1] / ends, (sums[-1] - sums[ends - 1]) / (n - ends)
+    inside = (squares[-1] - ends * left**2 - (n - ends) * right**2) / n
+    gain = np.where(right > left, ends * (n - ends) / n * (right - left) ** 2, 0.0)
+    best = int(np.argmax(gain))
+    split = int(ends[best])
+    calm = np.concatenate([taken[:split] - left[best], taken[split:] - right[best]])
+    variance = max(float(inside[best]), 1e-8) * n / effective_size(calm.tolist())
+    grown = float(np.median(taken[split:]) - np.median(taken[:split]))
+    if gain[best] <= 3 * math.log(n) * variance or grown < math.log1p(least):
+        return None
+    return split
 
 
 def width(values: Sequence[float]) -> float:
