@@ -172,7 +172,7 @@ def wait_until_fit(patience_s: float, *, watch_s: float = 1.0) -> tuple[Moment, 
 
 def _cooling() -> dict[str, int]:
     """Cooling devices that slow a processor down, and are at it (fans are none)."""
-    found = {}
+    found: dict[str, int] = {}
     for device in sorted(_THERMAL.glob("cooling_device*")):
         kind, state = _read(device / "type") or "", _number(device / "cur_state")
         slows = "cpufreq" in kind.lower() or "processor" in kind.lower() or "gpu" in kind.lower()

@@ -106,15 +106,15 @@ def warm_up(values: Sequence[float]) -> int:
     The logarithms are split where both sides' means differ most; the split is believed when it
     explains more than 3 log n variances (Zhang and Siegmund's modified BIC, Biometrics 63, 2007),
     the variance being that of the second half times its autocorrelation time, with what lies more
-    than three interquartile ranges outside pulled in: one interruption is no change. Only a slower
-    beginning, not over half of all, is warming up; what is left is looked at again, since warming
-    up has several steps.
+    than three interquartile ranges outside pulled in: one interruption is no change. Only a
+    beginning of at most a quarter that is slower than every later stretch of its length is warming
+    up: others come and go. What is left is looked at again, since warming up has several steps.
     """
     taken = np.log(np.maximum(np.asarray(values, np.float64), 1.0))
     start = 0
     while len(taken) - start >= _LEAST_FOR_WARM_UP:
         split = _slower_beginning(taken[start:])
-        if split == 0 or start + split > len(taken) // 2:
+        if split == 0 or start + split > len(taken) // 4:
             break
         start += split
     return start
@@ -129,13 +129,16 @@ def _slower_beginning(values: NDArray[np.float64]) -> int:
     late = calm[n // 2 :]
     # rounding makes steps: a series that does not vary at all would see a change in each of them
     variance = max(float(late.var()), 1e-8) * len(late) / effective_size(late.tolist())
-    ends = np.arange(1, n // 2 + 1)
+    ends = np.arange(1, n // 4 + 1)
     sums = np.cumsum(calm)
     left = sums[ends - 1] / ends
     right = (sums[-1] - sums[ends - 1]) / (n - ends)
     gain = np.where(left > right, ends * (n - ends) / n * (left - right) ** 2 / variance, 0.0)
-    best = int(np.argmax(gain))
-    return best + 1 if gain[best] > 3 * math.log(n) else 0
+    split = int(np.argmax(gain)) + 1
+    if gain[split - 1] <= 3 * math.log(n):
+        return 0
+    later_means = (sums[2 * split - 1 :] - sums[split - 1 : n - split]) / split
+    return split if left[split - 1] > later_means.max() else 0
 
 
 def onset(values: Sequence[float], *, least: float = 0.05) -> int | None:
@@ -184,13 +187,12 @@ def latency_summary(samples: Sequence[int], *, label: str = "measured") -> dict[
     ordered = np.sort(np.asarray(samples, np.int64))
     out: dict[str, Any] = {}
     intervals: dict[str, list[int]] = {}
-    effective = effective_size(samples)
+    effective = bulk = effective_size(samples)
     for name, share in PERCENTILES.items():
-        count = effective_size(samples, share)
+        # the bulk says how much the series depends on itself, too: never more than that
+        effective = min(effective, effective_size(samples, share))
         rank = max(1, math.ceil(round(share * len(ordered), 9)))
-        if ordered[rank - 1] == ordered[-1]:  # nothing lies above: no series to look at
-            count = min(count, effective)
-        low, high = quantile_interval(samples, share, count=count)
+        low, high = quantile_interval(samples, share, count=effective)
         known = math.isfinite(low) and math.isfinite(high)
         out[name] = int(ordered[rank - 1]) if known or name == "p50" else None
         if known:
@@ -199,7 +201,7 @@ def latency_summary(samples: Sequence[int], *, label: str = "measured") -> dict[
         **out,
         "min": int(ordered[0]),
         "samples": len(ordered),
-        "effective_samples": effective,
+        "effective_samples": bulk,
         "intervals": intervals,
         "label": label,
     }

@@ -1,4 +1,4 @@
-"""A sustained run: latency over time, where the device begins to slow down, first minute and last."""
+"""A sustained run: latency over time, and when the device begins to slow down."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from edgekit.measure.series import (
     effective_size,
     latency_summary,
     least_count,
+    onset,
     quantile_interval,
     warm_up,
     width,
@@ -140,3 +141,33 @@ def test_the_width_shrinks_with_independent_samples() -> None:
     assert math.isinf(width([1, 2, 3]))
     wide, narrow = (width(rng.lognormal(13, 0.1, n).tolist()) for n in (30, 3000))
     assert narrow < 0.01 < wide < 0.1
+
+
+def test_a_machine_that_comes_and_goes_is_not_warming_up() -> None:
+    rng = np.random.default_rng(13)
+    cut = []
+    for _ in range(50):
+        levels = np.repeat(rng.choice([1.0, 1.5], 20), 50)
+        cut.append(warm_up((rng.lognormal(13, 0.03, 1000) * levels).tolist()))
+    assert sum(one > 0 for one in cut) <= 3
+
+
+@pytest.mark.parametrize("slower", [1.1, 1.5, 2.0])
+def test_the_onset_of_throttling_is_found(slower: float) -> None:
+    rng = np.random.default_rng(14)
+    for _ in range(30):
+        values = rng.lognormal(13, 0.03, 300)
+        values[120:] *= slower
+        found = onset(values.tolist())
+        assert found is not None
+        assert abs(found - 120) <= 2
+
+
+def test_no_onset_without_throttling() -> None:
+    rng = np.random.default_rng(15)
+    steady = [onset(rng.lognormal(13, 0.1, 300).tolist()) for _ in range(100)]
+    assert sum(one is not None for one in steady) <= 1
+    recovering = rng.lognormal(13, 0.03, 300)
+    recovering[:50] *= 1.4
+    assert onset(recovering.tolist()) is None
+    assert onset([1.0, 2.0]) is None
