@@ -38,6 +38,11 @@ app.command(
     "edgekit.cli.bench:bench", name="bench", help="Time a model or bundle: cold start and warm."
 )
 app.command(
+    "edgekit.cli.trace:trace",
+    name="trace",
+    help="Show where a model's time goes, operator by operator, and what to fix.",
+)
+app.command(
     "edgekit.cli.compare:compare",
     name="compare",
     help="Is the new one slower? Both measured in turn; exit code 1 on a regression.",
