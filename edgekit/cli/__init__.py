@@ -47,6 +47,7 @@ app.command(
     name="compare",
     help="Is the new one slower? Both measured in turn; exit code 1 on a regression.",
 )
+app.command("edgekit.cli.report:report", name="report", help="Write results as one HTML page.")
 app.command(
     "edgekit.cli.runs:app", name="runs", help="List, show and export the runs in the result store."
 )

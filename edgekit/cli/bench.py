@@ -21,7 +21,13 @@ from edgekit.cli.console import (
 )
 from edgekit.cli.contender import contender, engine_of, model_bytes, parts
 from edgekit.cli.source import SourceOptions
-from edgekit.errors import InterruptedRunError, TargetError, UsageError
+from edgekit.errors import (
+    EdgeKitError,
+    InterruptedRunError,
+    TargetError,
+    UsageError,
+    one_line,
+)
 from edgekit.facts import this_machine
 from edgekit.measure.conditions import Moment, conditions, moment, wait_until_fit
 from edgekit.measure.phases import Bench, Phases, run_phases
@@ -124,10 +130,26 @@ def bench(
         document = _document(model, one, phases, (before, after), reasons)
         stem = Path(model).stem
         file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}.json"
+        number, problems = _keep(document, phases, file, kept)
+    _answer(document, phases, (file, number), problems, as_json=json)
+
+
+def _keep(
+    document: dict[str, Any], phases: Phases, file: Path, store: Store
+) -> tuple[int | None, list[str]]:
+    """Into the file and into the store: what one of them does not take is not lost to the other,
+    nor to the screen."""
+    number, problems = None, []
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json_module.dumps(document).encode())
-        number = kept.add(document, status=phases.status, note=_failures(phases))
-    _answer(document, phases, file, number, as_json=json)
+    except (OSError, EdgeKitError) as error:
+        problems.append(f"{file}: {one_line(error)}")
+    try:
+        number = store.add(document, status=phases.status, note=_failures(phases))
+    except EdgeKitError as error:
+        problems.append(str(error))
+    return number, problems
 
 
 def _counts(threads: str | None) -> tuple[int, ...]:
@@ -193,13 +215,21 @@ def _failures(phases: Phases) -> str:
 
 
 def _answer(
-    document: dict[str, Any], phases: Phases, file: Path, number: int, *, as_json: bool
+    document: dict[str, Any],
+    phases: Phases,
+    kept: tuple[Path, int | None],
+    problems: list[str],
+    *,
+    as_json: bool,
 ) -> None:
     if as_json:
         print_json(document)
     else:
         _show(document)
+        file, number = kept
         stdout.print(f"run {number}; samples and conditions: {file}", markup=False, soft_wrap=True)
+    if problems:
+        raise AnsweredError(f"the result could not be kept: {'; '.join(problems)}", 2)
     if any(row["failure"] == "stopped" for row in phases.phases):
         raise AnsweredError("stopped; what was measured is kept", InterruptedRunError.exit_code)
     if phases.status != "done":

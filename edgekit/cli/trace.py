@@ -131,14 +131,14 @@ def _show(document: dict[str, Any], found: Trace, top: int) -> None:
     for name in [*names, *(["roof"] * bool(peak))]:
         words = name in ("type", "operator", "output")
         table.add_column(
-            name, justify="left" if words else "right", no_wrap=True, min_width=None if words else 6
+            name, justify="left" if words else "right", no_wrap=True, min_width=None if words else 7
         )
     for one in sorted(found.steps, key=lambda step: -step.duration_ns)[:top]:
         rate = one.ops_per_s
         shape = "x".join(map(str, one.shapes[0])) if one.shapes else ""
         row = [
             seconds(one.duration_ns), f"{100 * one.duration_ns / max(found.sum_ns, 1):.1f} %",
-            one.type, escape(_short(one.name)), f"{one.dtypes[0] if one.dtypes else ''} {shape}",
+            one.type, escape(_short(one.name)), shape,
             f"{rate / 1e9:.3g}" if rate else "",
         ]  # fmt: skip
         if peak:
@@ -155,4 +155,4 @@ def _show(document: dict[str, Any], found: Trace, top: int) -> None:
 
 def _short(name: str) -> str:
     """The end of a name says more than its beginning."""
-    return name if len(name) <= 28 else f"...{name[-25:]}"
+    return name if len(name) <= 26 else f"...{name[-23:]}"

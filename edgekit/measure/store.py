@@ -183,11 +183,14 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise OutOfSpaceError(f"the disk is full, writing {self.path}") from None
-            raise UsageError(f"{self.path}: {one_line(error)}") from None
+            raise self._full(error) or UsageError(f"{self.path}: {one_line(error)}") from None
         except sqlite3.DatabaseError as error:
-            raise InputError(
+            raise self._full(error) or InputError(
                 f"{self.path} is no result store: {one_line(error)}; move it away, or name another "
                 "folder with --store"
             ) from None
+
+    def _full(self, error: sqlite3.Error) -> OutOfSpaceError | None:
+        if "full" not in str(error):
+            return None
+        return OutOfSpaceError(f"the disk is full, writing {self.path}")
