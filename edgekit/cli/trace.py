@@ -118,7 +118,7 @@ def _peak(engine: str, threads: int, where: dict[str, Any]) -> float | None:
 
 
 def _show(document: dict[str, Any], found: Trace, top: int) -> None:
-    covered = 100 * found.sum_ns / max(found.latency_ns, 1)
+    covered = 100 * found.covered
     stdout.print(
         f"{document['model']}  {found.engine} {found.engine_version}, {found.threads} threads: "
         f"{len(found.steps)} operators, {seconds(found.sum_ns)} together, {covered:.0f} % of the "

@@ -70,8 +70,9 @@ class Step:
 @dataclass(frozen=True)
 class Trace:
     """Steps in the order they ran; `latency_ns` is the median of runs without the profiler, taken
-    in turn with those with it. `starts` says where the starts come from: `measured`, or `order`
-    (the profiler has none: one after the other)."""
+    in turn with those with it. `covered` is the median of the steps' sum in a run over the latency
+    of the run before it, without profiler. `starts` says where the starts come from: `measured`,
+    or `order` (the profiler has none: one after the other)."""
 
     engine: str
     engine_version: str
@@ -80,6 +81,7 @@ class Trace:
     latency_ns: int
     runs: int
     starts: str
+    covered: float
 
     @property
     def sum_ns(self) -> int:
@@ -92,7 +94,7 @@ class Trace:
             "engine": self.engine, "engine_version": self.engine_version, "threads": self.threads,
             "runs": self.runs, "starts": self.starts, "label": "measured",
             "latency_p50_ns": self.latency_ns, "sum_ns": self.sum_ns,
-            "covered": round(self.sum_ns / self.latency_ns, 4) if self.latency_ns else None,
+            "covered": self.covered,
             "steps": [one.to_json() for one in self.steps],
         }  # fmt: skip
 
@@ -121,9 +123,11 @@ def trace(contender: Contender, *, inputs: Path | None = None, runs: int = 50) -
     steps = tuple(_step(raw) for raw in found["steps"])
     if not steps:
         raise ModelError(f"{contender.id}: the profiler of {engine} saw no operator run")
+    plain = np.array(found["plain_ns"], np.float64)
+    covered = round(float(np.median(np.array(found["sums_ns"]) / np.maximum(plain, 1))), 4)
     return Trace(
-        engine, found["version"], contender.threads, steps, int(np.median(found["plain_ns"])), runs,
-        found["starts"],
+        engine, found["version"], contender.threads, steps, int(np.median(plain)), runs,
+        found["starts"], covered,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.measure.trace_inputs import feed, typical
+from edgekit.measure.trace_inputs import feed, sums, typical
 
 __all__ = ["collect"]
 
@@ -56,13 +56,17 @@ def collect(
                     plain_ns.append(time.perf_counter_ns() - start)
         events = json.loads(Path(profiled.end_profiling()).read_text())
         graph = onnx.load(str(optimized), load_external_data=False).graph
+    steps, totals = _steps(events, graph, runs)
     return {
-        "version": ort.__version__, "plain_ns": plain_ns, "starts": "measured",
-        "steps": _steps(events, graph, runs),
+        "version": ort.__version__, "plain_ns": plain_ns, "starts": "measured", "steps": steps,
+        "sums_ns": totals,
     }  # fmt: skip
 
 
-def _steps(events: list[dict[str, Any]], graph: Any, runs: int) -> list[dict[str, Any]]:
+def _steps(
+    events: list[dict[str, Any]], graph: Any, runs: int
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """The steps by their start, and their sum in each run."""
     nodes = {node.name: node for node in graph.node}
     fixed = {one.name: list(one.dims) for one in graph.initializer}
     begun = [e["ts"] for e in events if e["cat"] == "Session" and e["name"] == "model_run"][-runs:]
@@ -101,7 +105,7 @@ def _steps(events: list[dict[str, Any]], graph: Any, runs: int) -> list[dict[str
                 "bytes": sum(sizes) if min(sizes) >= 0 else None,
             }
         )  # fmt: skip
-    return sorted(steps, key=lambda one: int(one["start_ns"]))
+    return sorted(steps, key=lambda one: int(one["start_ns"])), sums(times, runs)
 
 
 def _macs(

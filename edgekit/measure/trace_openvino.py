@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgekit.measure.trace_inputs import feed, typical
+from edgekit.measure.trace_inputs import feed, sums, typical
 
 __all__ = ["collect"]
 
@@ -61,7 +61,7 @@ def collect(
                 times[one.node_name][number] = one.real_time.total_seconds() * 1e9
     return {
         "version": str(ov.get_version()).split("-", maxsplit=1)[0], "plain_ns": plain_ns,
-        "starts": "order", "steps": _steps(
+        "starts": "order", "sums_ns": sums(times, runs), "steps": _steps(
             compiled, order, typical(times, runs), kinds,
             _macs_of(Path(model), {name: list(value.shape) for name, value in given.items()}),
         ),
