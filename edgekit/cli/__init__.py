@@ -38,6 +38,20 @@ app.command(
     "edgekit.cli.bench:bench", name="bench", help="Time a model or bundle: cold start and warm."
 )
 app.command(
+    "edgekit.cli.trace:trace",
+    name="trace",
+    help="Show where a model's time goes, operator by operator, and what to fix.",
+)
+app.command(
+    "edgekit.cli.compare:compare",
+    name="compare",
+    help="Is the new one slower? Both measured in turn; exit code 1 on a regression.",
+)
+app.command("edgekit.cli.report:report", name="report", help="Write results as one HTML page.")
+app.command(
+    "edgekit.cli.runs:app", name="runs", help="List, show and export the runs in the result store."
+)
+app.command(
     "edgekit.cli.convert:convert",
     name="convert",
     help="Convert a model, and prove at every hop that it computes the same.",

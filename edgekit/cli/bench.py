@@ -5,27 +5,43 @@ from __future__ import annotations
 import json as json_module
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from edgekit.artifact import FORMAT_NAMES, open_model
-from edgekit.cache import Cache, default_root, file_sha256, write_atomically
-from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
+from edgekit.cache import default_root, file_sha256, write_atomically
+from edgekit.cli.compare import duration
+from edgekit.cli.console import (
+    AnsweredError,
+    TerminalObserver,
+    print_json,
+    seconds,
+    size,
+    stdout,
+)
+from edgekit.cli.contender import contender, engine_of, model_bytes, parts
 from edgekit.cli.source import SourceOptions
-from edgekit.conversion import convert_with_proof
-from edgekit.errors import ChildError, LimitError, ModelError, UsageError
+from edgekit.errors import (
+    EdgeKitError,
+    InterruptedRunError,
+    TargetError,
+    UsageError,
+    one_line,
+)
 from edgekit.facts import this_machine
-from edgekit.formats import detect
-from edgekit.measure.benchmark import Contender, Measurement, Rounds, cold_starts, measure
-from edgekit.measure.conditions import conditions
+from edgekit.measure.conditions import Moment, conditions, moment, wait_until_fit
+from edgekit.measure.phases import Bench, Phases, run_phases
+from edgekit.measure.store import Store
+from edgekit.measure.worker import Contender
 from edgekit.observer import Observer
-from edgekit_runtime.bundle import Bundle, is_bundle
-from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
 __all__ = ["bench"]
 
-_COLD_STARTS = 3
+_PATIENCE_S = 10.0
+_WHY = {
+    "narrow": "the median is known well enough", "budget": "the time was spent",
+    "samples": "enough samples", "failure": "the engine failed",
+}  # fmt: skip
 
 
 def bench(
@@ -34,13 +50,21 @@ def bench(
     *,
     engine: str | None = None,
     source: SourceOptions | None = None,
-    threads: int | None = None,
+    threads: str | None = None,
+    intent: Literal["latency", "throughput", "balanced"] | None = None,
     input_: Annotated[Path | None, Parameter(name="--input")] = None,
+    cold: int = 5,
+    budget: str = "10s",
+    soak: str | None = None,
+    throughput: Annotated[bool, Parameter(negative="")] = False,
+    allow_unfit: Annotated[bool, Parameter(negative="")] = False,
     on: str = "local",
+    store: Path | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Time a model or bundle: cold start in fresh processes, then warm runs in rounds.
+    """Time a model or bundle: cold start in fresh processes, then warm runs; on request a soak,
+    throughput and a sweep over threads. Every run is kept in the result store.
 
     Parameters
     ----------
@@ -52,11 +76,26 @@ def bench(
     source
         How to read the model.
     threads
-        Threads for the engine; the bundle's own number, or this machine's, otherwise.
+        Threads for the engine; several (1,2,4) are compared. The bundle's own number, or this
+        machine's, otherwise.
+    intent
+        latency, throughput or balanced: threads and streams are chosen for it, by measuring.
     input_
         An .npz with samples to run; seeded noise otherwise.
+    cold
+        Fresh processes for the cold start.
+    budget
+        The longest time for the warm runs (10s); they end before, once the median is known to 1 %.
+    soak
+        Also run on for so long (30m): latency over time, and when the device begins to throttle.
+    throughput
+        Also inferences a second: streams x batch.
+    allow_unfit
+        Measure on a busy or throttled machine as well; the result says so.
     on
         Where to measure: local.
+    store
+        The folder of the result store; ~/.local/share/edgekit otherwise.
     out
         File for the raw samples and all conditions (JSON); in the cache folder otherwise.
     json
@@ -64,114 +103,213 @@ def bench(
     """
     if on != "local":
         raise UsageError(f"the target {on!r} is not known; this version has: local")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads is {threads}; wanted at least 1")
+    counts = _counts(threads)
+    if cold < 1:
+        raise UsageError(f"--cold is {cold}; wanted at least 1")
     if input_ is not None and not input_.is_file():
         raise UsageError(f"no file {input_}")
-    if engine is not None and engine not in ENGINES:
-        raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
-    path = Path(model)
-    bundled = path.is_file() and is_bundle(path)
-    with TerminalObserver() as observer:
-        if bundled:
-            if engine is not None:
-                raise UsageError("--engine is for models; a bundle's variants name theirs")
-            with Bundle(path) as opened:
-                opened.verify()
-                variant = opened.manifest.variant()
-            engine, used = variant.engine, threads or variant.threads
-        else:
-            path, engine = _loadable(model, engine, source or SourceOptions(), observer)
-            used = threads or this_machine().threads
-        contender = Contender(path.name, path, used, None if bundled else engine)
-        observer.phase("[1/2] cold start")
-        cold = cold_starts(contender, times=_COLD_STARTS)
-        observer.phase("[2/2] warm runs")
-        taken = measure(
-            [contender], contender.id, inputs=input_, rounds=Rounds(least=20, most=20),
-            progress=lambda done, total: observer.progress("measuring", done, total),
-        )[contender.id]  # fmt: skip
-    if taken.failure:
-        raise (ModelError if taken.failure_code == 2 else ChildError)(taken.failure)
-    document = _document(model, path, engine=engine, threads=used, cold=cold, taken=taken)
-    file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{path.stem}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json_module.dumps(document).encode())
-    if json:
-        print_json(document)
-        return
-    _show(document, file)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"-o {out}: cannot write there; wanted a file in a folder that exists")
+    budget_s, soak_s = duration(budget, "--budget"), duration(soak, "--soak") if soak else 0.0
+    reading = (source or SourceOptions()).reading()
+    with Store(store) as kept:  # a store that cannot be used is said before anything is measured
+        with TerminalObserver() as observer:
+            one = contender(
+                model, engine=engine, threads=counts[0] if counts else None, reading=reading,
+                observer=observer,
+            )  # fmt: skip
+            before, reasons = _fit(allow_unfit, observer)
+            phases = run_phases(
+                Bench(
+                    one, this_machine().threads, input_, cold, budget_s, soak_s=soak_s,
+                    threads=counts, intent=intent, throughput=throughput,
+                ),
+                observer,
+            )  # fmt: skip
+            after = moment(watch_s=0.5)
+        document = _document(model, one, phases, (before, after), reasons)
+        stem = Path(model).stem
+        file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}.json"
+        number, problems = _keep(document, phases, file, kept)
+    _answer(document, phases, (file, number), problems, as_json=json)
 
 
-def _loadable(
-    model: str, engine: str | None, source: SourceOptions, observer: Observer
-) -> tuple[Path, str]:
-    """A file that the engine loads: the model, or what it becomes, proven to compute the same."""
-    fmt = detect(model).format
-    wanted = engine or ENGINE_OF_FORMAT.get(fmt, "onnxruntime")
-    if fmt in ENGINES[wanted].formats and not source.inputs:
-        return Path(model), wanted
-    artifact = open_model(model, reading=source.reading())
-    target = ENGINES[wanted].formats[0]
-    found = convert_with_proof(artifact, target, cache=Cache(), observer=observer)
-    if not found.passed:
-        reason = next(line for line in found.ledger if not line.passed).reason()
-        raise LimitError(f"as {FORMAT_NAMES[target]} it computes something else: {reason}")
-    return found.artifact.path, wanted
+def _keep(
+    document: dict[str, Any], phases: Phases, file: Path, store: Store
+) -> tuple[int | None, list[str]]:
+    """Into the file and into the store: what one of them does not take is not lost to the other,
+    nor to the screen."""
+    number, problems = None, []
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json_module.dumps(document).encode())
+    except (OSError, EdgeKitError) as error:
+        problems.append(f"{file}: {one_line(error)}")
+    try:
+        number = store.add(document, status=phases.status, note=_failures(phases))
+    except EdgeKitError as error:
+        problems.append(str(error))
+    return number, problems
 
 
-def _size(path: Path) -> int:
-    """With its weights, where these are in a file of their own."""
-    weights = path.with_suffix(".bin")
-    beside = path.suffix in (".xml", ".param") and weights.is_file()
-    return path.stat().st_size + (weights.stat().st_size if beside else 0)
+def _counts(threads: str | None) -> tuple[int, ...]:
+    """`4` or `1,2,4`."""
+    if threads is None:
+        return ()
+    try:
+        counts = tuple(int(one) for one in threads.split(","))
+    except ValueError:
+        raise UsageError(f"--threads {threads}: wanted a number, or several: 1,2,4") from None
+    if min(counts) < 1:
+        raise UsageError(f"--threads is {threads}; wanted at least 1")
+    return tuple(dict.fromkeys(counts))
+
+
+def _fit(allow_unfit: bool, observer: Observer) -> tuple[Moment, list[str]]:
+    """The machine before; refuses one that would give figures of something else.
+
+    Raises:
+        TargetError: it is busy or throttled, and stayed so.
+    """
+    now, reasons = wait_until_fit(0.0 if allow_unfit else _PATIENCE_S)
+    if reasons and not allow_unfit:
+        raise TargetError(
+            f"this machine is not fit for measuring: {'; '.join(reasons)}; wait until it is, or "
+            "measure all the same with --allow-unfit, which marks the result"
+        )
+    if reasons:
+        observer.note(f"this machine is not fit for measuring: {'; '.join(reasons)}")
+    return now, reasons
 
 
 def _document(
-    model: str,
-    path: Path,
-    *,
-    engine: str,
-    threads: int,
-    cold: list[dict[str, int]],
-    taken: Measurement,
+    model: str, one: Contender, phases: Phases, around: tuple[Moment, Moment], reasons: list[str]
 ) -> dict[str, Any]:
+    before, after = around
     return {
         "schema": "edgekit.bench/1",
         "model": str(model),
-        "sha256": file_sha256(path),
-        "size_bytes": _size(path),
-        "engine": engine,
-        "engine_version": taken.engine_version,
-        "threads": threads,
-        "placement": taken.placement,
-        "cold": cold,
-        "latency_ns": taken.latency(),
-        "peak_rss_bytes": taken.peak_rss_bytes,
-        "rounds_ns": taken.rounds_ns,
-        "conditions": conditions(),
+        "sha256": file_sha256(*parts(one.path)),
+        "size_bytes": model_bytes(one.path),
+        "engine": engine_of(one),
+        "engine_version": None,
+        "threads": one.threads,
+        "placement": None,
+        "latency_ns": None,
+        "status": phases.status,
+        "phases": phases.phases,
+        **phases.found,
+        "unfit": reasons,
+        "notes": phases.notes,
+        "conditions": {
+            **conditions(),
+            "before": before.to_json(),
+            "during": [moment.to_json() for moment in phases.moments],
+            "after": after.to_json(),
+        },
     }
 
 
-def _show(document: dict[str, Any], file: Path) -> None:
-    latency, cold = document["latency_ns"], document["cold"]
+def _failures(phases: Phases) -> str:
+    return "; ".join(f"{row['name']}: {row['failure']}" for row in phases.phases if row["failure"])
+
+
+def _answer(
+    document: dict[str, Any],
+    phases: Phases,
+    kept: tuple[Path, int | None],
+    problems: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        _show(document)
+        file, number = kept
+        stdout.print(f"run {number}; samples and conditions: {file}", markup=False, soft_wrap=True)
+    if problems:
+        raise AnsweredError(f"the result could not be kept: {'; '.join(problems)}", 2)
+    if any(row["failure"] == "stopped" for row in phases.phases):
+        raise AnsweredError("stopped; what was measured is kept", InterruptedRunError.exit_code)
+    if phases.status != "done":
+        raise AnsweredError(_failures(phases), phases.failure_code)
+
+
+def _show(document: dict[str, Any]) -> None:
+    latency = document["latency_ns"]
     stdout.print(
-        f"[bold]{document['model']}[/bold]  {document['engine']} {document['engine_version']}, "
-        f"{document['threads']} threads, {size(document['size_bytes'])}"
+        f"[bold]{document['model']}[/bold]  {document['engine']} "
+        f"{document['engine_version'] or ''}, {document['threads']} threads, "
+        f"{size(document['size_bytes'])}"
     )
     placement = document["placement"]
-    shares = ", ".join(f"{100 * v:.0f} % {k}" for k, v in placement["shares"].items())
-    stdout.print(f"ran on {shares} ({placement['delegate']}, {placement['precision']})")
+    if placement:
+        shares = ", ".join(f"{100 * v:.0f} % {k}" for k, v in placement["shares"].items())
+        stdout.print(f"ran on {shares} ({placement['delegate']}, {placement['precision']})")
+    _show_cold(document.get("cold") or [])
+    if latency:
+        _show_latency(document, latency)
+    _show_sweeps(document)
+    for note in document["notes"]:
+        stdout.print(f"note: {note}", markup=False, soft_wrap=True)
+    if document["unfit"]:
+        stdout.print(f"unfit host: {'; '.join(document['unfit'])}", style="yellow", markup=False)
+    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
+    stdout.print(f"measured on {where}", markup=False)
+
+
+def _show_cold(cold: list[dict[str, Any]]) -> None:
     for key, name in (("import_ns", "import"), ("load_ns", "load"), ("first_run_ns", "first run")):
         values = sorted(one[key] for one in cold)
+        if not values:
+            return
+        memory = sorted(one["memory_bytes"][key.removesuffix("_ns")]["rss"] or 0 for one in cold)
         stdout.print(
             f"cold  {name:<10} {seconds(values[len(values) // 2]):>8}  "
-            f"({seconds(values[0])} to {seconds(values[-1])}, {len(values)} fresh processes)"
+            f"({seconds(values[0])} to {seconds(values[-1])}, {len(values)} fresh processes; "
+            f"then {size(memory[len(memory) // 2])} resident)"
         )
-    for key in ("p50", "p90", "p99"):
-        if key in latency:
-            stdout.print(f"warm  {key:<10} {seconds(latency[key]):>8}")
+
+
+def _show_latency(document: dict[str, Any], latency: dict[str, Any]) -> None:
+    for key in ("p50", "p90", "p99", "p99.9"):
+        if latency[key] is None:
+            continue
+        ends = latency["intervals"].get(key)
+        span = f"  ({seconds(ends[0])} to {seconds(ends[1])})" if ends else ""
+        stdout.print(f"warm  {key:<10} {seconds(latency[key]):>8}{span}")
+    why = _WHY.get(document["stopped"], document["stopped"])
+    cut = document.get("warm_up_samples")
+    stdout.print(
+        f"      {latency['samples']} samples, worth {latency['effective_samples']} independent "
+        f"ones; {cut or 0} before them were warming up; ended because {why}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    stdout.print(f"cpu time a run   {seconds(document['cpu_ns_per_run']):>8}")
     stdout.print(f"peak memory      {size(document['peak_rss_bytes']):>8}")
-    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
-    stdout.print(f"{latency['samples']} samples, measured on {where}", markup=False)
-    stdout.print(f"raw samples and conditions: {file}", markup=False, soft_wrap=True)
+    energy = document["energy"]
+    joules = energy["joules_per_inference"]
+    text = f"{1e3 * joules:.3g} mJ above idle" if joules is not None else energy["reason"]
+    stdout.print(f"energy a run     {text}", markup=False, soft_wrap=True)
+
+
+def _show_sweeps(document: dict[str, Any]) -> None:
+    for row in document.get("threads_sweep") or []:
+        p50 = row["latency_ns"]["p50"] if row["latency_ns"] else None
+        stdout.print(
+            f"threads {row['threads']:<3}      {row['failure'] or seconds(p50):>8}", markup=False
+        )
+    for row in document.get("throughput") or []:
+        what = f"{row['streams'] or '?'} x {row['threads']} threads, batch {row['batch']}"
+        rate = f"{row['per_second']:.4g} a second" if row["per_second"] else row["failure"]
+        stdout.print(f"{what:<28} {rate}", markup=False, soft_wrap=True)
+    soak = document.get("soak")
+    if soak and soak["at_s"]:
+        onset = soak["onset_s"]
+        when = f"slower from {onset:.0f} s on" if onset is not None else "it did not slow down"
+        stdout.print(
+            f"soak {soak['at_s'][-1]:.0f} s: first {soak['window_s']:.0f} s "
+            f"{seconds(soak['first_ns'])}, last {seconds(soak['last_ns'])} "
+            f"({soak['slowdown']:.2f}x); {when}"
+        )

@@ -2,50 +2,30 @@
 
 Every round asks each contender, in random order, for one block. What disturbs the machine for a
 while disturbs all of them, and a contender is judged by its ratio to the reference round by
-round, not by absolute times. Workers are frozen (SIGSTOP) while it is not their turn: engines'
-threads spin for up to 100 ms after a run, which would be measured in the next contender.
+round, not by absolute times.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import queue
 import random
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from edgekit.errors import ChildError, EdgeKitError, by_name
+from edgekit.errors import EdgeKitError, by_name
 from edgekit.measure.statistics import median_interval, ratio_interval
+from edgekit.measure.worker import Contender, Worker, command
 from edgekit.sandbox import child_environment
 from edgekit_runtime.timing import percentile_ns, summary
 
 __all__ = ["Contender", "Measurement", "Rounds", "cold_starts", "measure"]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What to measure: a model file or bundle and how to load it.
-
-    `serious` contenders are measured until it is clear whether they can win; the others only
-    for the least number of rounds, to be shown.
-    """
-
-    id: str
-    path: Path
-    threads: int
-    engine: str | None = None
-    precision: str = "float32"
-    serious: bool = True
 
 
 @dataclass
@@ -119,20 +99,21 @@ def measure(
         for one in contenders:
             # One after the other: starting them together would be a load of our own making.
             with _failures_into(taken[one.id]):
-                worker = stack.enter_context(_Worker(one, inputs))
+                worker = stack.enter_context(Worker(one, inputs))
                 taken[one.id].first_run_ns = worker.hello["first_run_ns"]
                 taken[one.id].engine_version = worker.hello["engine_version"]
                 taken[one.id].placement = worker.hello["placement"]
                 workers[one.id] = worker
                 for _ in range(rounds.warm_up_blocks):
-                    worker.block(rounds)
+                    worker.take(rounds.block_s, most=rounds.most_per_block)
         active = {one.id for one in contenders if one.id in workers}
         for number in range(rounds.most):
             order = sorted(active)
             rng.shuffle(order)
             for key in order:
                 with _failures_into(taken[key]):
-                    taken[key].rounds_ns.append(workers[key].block(rounds))
+                    block = workers[key].take(rounds.block_s, most=rounds.most_per_block)
+                    taken[key].rounds_ns.append(block.samples_ns)
                     taken[key].peak_rss_bytes = workers[key].peak_rss_bytes
             if progress is not None:
                 progress(number + 1, rounds.most)
@@ -169,8 +150,9 @@ def _still_open(
     return still | {best, reference} if still else set()
 
 
-def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, int]]:
-    """Import, load and first run, each time in a fresh process (nanoseconds, peak RSS).
+def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, Any]]:
+    """Import, load and first run, each time in a fresh process: nanoseconds, and the memory after
+    each (`edgekit_runtime.machine.memory_bytes`).
 
     Raises:
         EdgeKitError: the model does not load.
@@ -178,8 +160,9 @@ def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, int]]
     found = []
     for _ in range(times):
         start = time.perf_counter_ns()
+        verb = command("bench", contender)[len(contender.launched) :]
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _COLD, *_command("bench", contender)[4:], "--cold"],
+            [sys.executable, "-P", "-c", _COLD, *verb, "--cold"],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
         wall_ns = time.perf_counter_ns() - start
@@ -196,15 +179,6 @@ _COLD = (
     "import time; started_ns = time.perf_counter_ns(); import sys;"
     "from edgekit_runtime.__main__ import main; sys.exit(main(started_ns=started_ns))"
 )
-
-
-def _command(verb: str, contender: Contender) -> list[str]:
-    command = [sys.executable, "-P", "-m", "edgekit_runtime", verb, str(contender.path)]
-    if contender.threads:
-        command += ["--threads", str(contender.threads)]
-    if contender.engine:
-        command += ["--engine", contender.engine]
-    return [*command, "--precision", contender.precision]
 
 
 def _raise_from(log: str, code: int, what: str) -> None:
@@ -229,99 +203,3 @@ class _failures_into:  # noqa: N801  (used like contextlib's functions)
             self._measurement.failure_code = error.exit_code
             return True
         return False
-
-
-class _Worker:
-    """A measuring process: `python -m edgekit_runtime worker`."""
-
-    def __init__(
-        self, contender: Contender, inputs: Path | None, *, timeout_s: float = 120
-    ) -> None:
-        self._contender, self._timeout_s = contender, timeout_s
-        self._command = _command("worker", contender)
-        if inputs is not None:
-            self._command += ["--input", str(inputs)]
-        self._estimate_ns = 0
-        self.peak_rss_bytes = 0
-        self.hello: dict[str, Any] = {}
-
-    def __enter__(self) -> _Worker:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            env=child_environment(), start_new_session=True,
-        )  # fmt: skip
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        try:
-            self.hello = self._answer(self._timeout_s)
-            self._estimate_ns = max(1, self.hello["first_run_ns"])
-        except BaseException:
-            self.__exit__()
-            raise
-        self._freeze(signal.SIGSTOP)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-
-    def block(self, rounds: Rounds) -> list[int]:
-        """Nanoseconds of as many runs as fit the round's time, at least one.
-
-        Two untimed runs come first, since others have used the caches meanwhile; none where one
-        run takes longer than a block.
-        """
-        fits = int(rounds.block_s * 1e9 / self._estimate_ns)
-        request = {
-            "cmd": "sample",
-            "count": max(1, min(rounds.most_per_block, fits)),
-            "untimed": 2 if fits >= 1 else 0,
-        }
-        assert self._process.stdin is not None  # noqa: S101  (for the type checker)
-        self._freeze(signal.SIGCONT)
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it died: reading says how
-        answer = self._answer(self._timeout_s + 20 * rounds.block_s)
-        self._freeze(signal.SIGSTOP)
-        self.peak_rss_bytes = int(answer["peak_rss_bytes"])
-        samples = [int(ns) for ns in answer["samples"]]
-        self._estimate_ns = max(1, percentile_ns(samples, 50))
-        return samples
-
-    def _freeze(self, how: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, how)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101  (for the type checker)
-        with suppress(ValueError, OSError):
-            for line in self._process.stdout:
-                self._lines.put(line)
-        self._lines.put(b"")
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ChildError(
-                f"{self._contender.id}: no answer within {timeout_s:.0f} s, stopped"
-            ) from None
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            words = self._log.read().decode(errors="replace").strip().splitlines()
-            said = f" ({words[-1][:200]})" if words else ""
-            raise ChildError(f"{self._contender.id}: the engine's process ended, {code}{said}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            kind = "ModelError" if answer["exit_code"] == 2 else "ChildError"
-            raise by_name(kind, answer["error"])
-        return answer

@@ -1,24 +1,18 @@
 """The report: a result document (`edgekit.optimize/1`) as one HTML file that loads nothing else.
 
-Everything is built with `_element`, which escapes text by default: paths, reasons and notes come
-from files and tools that are not ours. A content security policy in the page forbids whatever
-escaping might miss. The look is in `report.css`; `report.js` does what needs the window: the
-plot's colour scheme, and labels where there is room for them.
+It is built with `report_page`. The look is in `report.css`; `report.js` does what needs the window:
+the plot's colour scheme, and labels where there is room for them.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
-from importlib import resources
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from edgekit.measure.report_figure import pareto_figure
+from edgekit.measure.report_page import Markup, element, fact_list, page, section
 from edgekit.measure.report_text import (
     DASH,
     Scale,
@@ -53,91 +47,23 @@ def report_html(document: dict[str, Any]) -> str:
     body = (
         _headline(document, scale),
         _banner(document),
-        _section("What was asked", _asked(document, scale)),
-        _section("Confirmation on untouched samples", *_confirmation(document, scale)),
-        _section("Accuracy against latency", *_plot(document, scale, ranked, figure)),
-        _section("All candidates", *_candidates(document, scale, ranked)),
+        section("What was asked", _asked(document, scale)),
+        section("Confirmation on untouched samples", *_confirmation(document, scale)),
+        section("Accuracy against latency", *_plot(document, scale, ranked, figure)),
+        section("All candidates", *_candidates(document, scale, ranked)),
         _losses(document),
-        _section("Conditions of the measurement", *_conditions(document)),
-        _section("How to reproduce", *_reproduce(document)),
+        section("Conditions of the measurement", *_conditions(document)),
+        section("How to reproduce", *_reproduce(document)),
     )
-    return _page(f"EdgeKit report: {_file_name(document)}", body, figure)
-
-
-# --- HTML that cannot be broken out of ----------------------------------------------------------
-
-
-class _Markup(str):
-    """HTML; any other string is text and gets escaped."""
-
-    __slots__ = ()
-
-
-def _element(tag: str, *children: object, **attributes: str) -> _Markup:
-    """`<tag attributes>children</tag>`; `class_` is `class`, `data_label` is `data-label`."""
-    named = (
-        f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"'
-        for name, value in attributes.items()
-    )
-    inside = "".join(c if isinstance(c, _Markup) else escape(str(c)) for c in children)
-    return _Markup(f"<{tag}{''.join(named)}>{inside}</{tag}>")
-
-
-def _section(title: str, *children: _Markup) -> _Markup:
-    return _element("section", _element("h2", title), *children)
-
-
-def _facts(facts: Iterable[tuple[str, object]], *, style: str = "facts") -> _Markup:
-    pairs = (_element("div", _element("dt", name), _element("dd", value)) for name, value in facts)
-    return _element("dl", *pairs, class_=style)
-
-
-def _symbol(status: str) -> _Markup:
-    path = _element("path", d=_SHAPES[status])
-    return _element("svg", path, viewBox="0 0 12 12", aria_hidden="true", class_=f"symbol {status}")
-
-
-def _page(title: str, body: Sequence[_Markup], figure: _Document | None) -> str:
-    scripts: list[str] = []
-    data = _Markup()
-    if figure is not None:
-        from plotly.offline import get_plotlyjs
-
-        scripts = [get_plotlyjs(), _resource("report.js")]
-        # In a script element nothing is escaped: no `<` may be left that could end it.
-        text = json.dumps(figure, allow_nan=False).replace("<", "\\u003c")
-        data = _Markup(f'<script type="application/json" id="figure">{text}</script>')
-    allowed = " ".join(f"'sha256-{_sha256_base64(script)}'" for script in scripts) or "'none'"
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return "\n".join(
-        (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            _element("title", title),
-            f"<style>\n{_resource('report.css')}</style>\n</head>\n<body>\n<main>",
-            *body,
-            "</main>",
-            data,
-            *(f"<script>{script}</script>" for script in scripts),
-            "</body>\n</html>\n",
-        )
-    )
-
-
-def _sha256_base64(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _resource(name: str) -> str:
-    return resources.files("edgekit.measure").joinpath(name).read_text(encoding="utf-8")
+    return page(f"EdgeKit report: {_file_name(document)}", body, figure)
 
 
 # --- the sections -------------------------------------------------------------------------------
+
+
+def _symbol(status: str) -> Markup:
+    path = element("path", d=_SHAPES[status])
+    return element("svg", path, viewBox="0 0 12 12", aria_hidden="true", class_=f"symbol {status}")
 
 
 def _chosen(document: _Document) -> _Document | None:
@@ -158,21 +84,21 @@ def _how(candidate: _Document) -> str:
     return str((candidate["latency_ns"] or {}).get("label", "not known"))
 
 
-def _headline(document: _Document, scale: Scale) -> _Markup:
+def _headline(document: _Document, scale: Scale) -> Markup:
     name, why = document["profile"]["name"], document["why"]
-    eyebrow = _element("p", f"EdgeKit report: {_file_name(document)} for {name}", class_="eyebrow")
+    eyebrow = element("p", f"EdgeKit report: {_file_name(document)} for {name}", class_="eyebrow")
     chosen, reference = _chosen(document), document["reference"]
     if chosen is None:
-        said = _element("p", f"{why}.", class_="why")
-        return _element("header", eyebrow, _element("h1", "Nothing was chosen"), said)
+        said = element("p", f"{why}.", class_="why")
+        return element("header", eyebrow, element("h1", "Nothing was chosen"), said)
     same = chosen["id"] == reference["id"]
-    return _element(
+    return element(
         "header",
         eyebrow,
-        _element("h1", chosen["id"]),
-        _element("p", _symbol("chosen"), f"Chosen: {why}." if why else "Chosen.", class_="why"),
-        _element("div", *_tiles(chosen, reference, scale, same=same), class_="tiles"),
-        _element(
+        element("h1", chosen["id"]),
+        element("p", _symbol("chosen"), f"Chosen: {why}." if why else "Chosen.", class_="why"),
+        element("div", *_tiles(chosen, reference, scale, same=same), class_="tiles"),
+        element(
             "p",
             f"Latency {_how(chosen)} {_where(document)}. {scale.name} measured there on the "
             f"{chosen['samples']} samples the choice was made with"
@@ -191,7 +117,7 @@ def _confirmed(found: _Document | None, scale: Scale) -> str:
 
 def _tiles(
     chosen: _Document, reference: _Document, scale: Scale, *, same: bool
-) -> tuple[_Markup, ...]:
+) -> tuple[Markup, ...]:
     base = reference["scheme"]
     p50, p50_before = ((c["latency_ns"] or {}).get("p50") for c in (chosen, reference))
     if same:
@@ -222,25 +148,25 @@ def _tiles(
     )
 
 
-def _tile(figure: str, label: str, *details: str) -> _Markup:
-    return _element(
+def _tile(figure: str, label: str, *details: str) -> Markup:
+    return element(
         "div",
-        _element("span", figure, class_="figure"),
-        _element("span", label, class_="label"),
-        *(_element("span", detail, class_="small") for detail in details if detail),
+        element("span", figure, class_="figure"),
+        element("span", label, class_="label"),
+        *(element("span", detail, class_="small") for detail in details if detail),
     )
 
 
-def _banner(document: _Document) -> _Markup:
+def _banner(document: _Document) -> Markup:
     notes, incomplete = document["notes"], document["incomplete"]
     if not notes and not incomplete:
-        return _Markup()
+        return Markup()
     title = "Incomplete: the run ended before everything was done" if incomplete else "Please note"
-    items = _element("ul", *(_element("li", note) for note in notes)) if notes else ""
-    return _element("aside", _element("strong", title), items, class_="warning", role="note")
+    items = element("ul", *(element("li", note) for note in notes)) if notes else ""
+    return element("aside", element("strong", title), items, class_="warning", role="note")
 
 
-def _asked(document: _Document, scale: Scale) -> _Markup:
+def _asked(document: _Document, scale: Scale) -> Markup:
     model, data, profile = document["model"], document["data"], document["profile"]
     split = (
         f"{data['samples']} samples: {data['calibration']} to calibrate, {data['selection']} to "
@@ -254,7 +180,7 @@ def _asked(document: _Document, scale: Scale) -> _Markup:
         )
     budget = scale.budget_text(document["reference"]["metric"], document["max_drop"])
     better = "higher" if scale.higher_is_better else "lower"
-    return _facts(
+    return fact_list(
         (
             ("model", f"{model['path']} ({model['format']}, {bytes_text(model['size_bytes'])})"),
             ("inputs", "; ".join(model["inputs"])),
@@ -273,15 +199,15 @@ def _asked(document: _Document, scale: Scale) -> _Markup:
     )
 
 
-def _confirmation(document: _Document, scale: Scale) -> tuple[_Markup, ...]:
+def _confirmation(document: _Document, scale: Scale) -> tuple[Markup, ...]:
     found = document["confirmation"]
     if document["chosen"] is None and found is None:
-        return (_element("p", "Nothing was chosen, so there was nothing to confirm."),)
+        return (element("p", "Nothing was chosen, so there was nothing to confirm."),)
     if found is None:
         text = (
             "Not confirmed: how accurate the choice is, is known from the selection samples only."
         )
-        return (_element("p", text, class_="warning"),)
+        return (element("p", text, class_="warning"),)
     tries = found["tries"]
     use = "none of them used before"
     if tries > 1:  # each try looks at the same samples: the more tries, the less they prove
@@ -294,7 +220,7 @@ def _confirmation(document: _Document, scale: Scale) -> tuple[_Markup, ...]:
         ("samples", f"{found['samples']}, {use}"),
     )
     style = "warning" if found["reason"] else "verdict"
-    return _element("p", _verdict(document, scale, found), class_=style), _facts(
+    return element("p", _verdict(document, scale, found), class_=style), fact_list(
         facts, style="facts wide"
     )
 
@@ -322,14 +248,14 @@ def _verdict(document: _Document, scale: Scale, found: _Document) -> str:
 
 def _plot(
     document: _Document, scale: Scale, ranked: Sequence[_Document], figure: _Document | None
-) -> tuple[_Markup, ...]:
+) -> tuple[Markup, ...]:
     if figure is None:
         text = "Nothing to draw: no candidate has both an accuracy and a latency."
-        return (_element("p", text),)
+        return (element("p", text),)
     numbers = [int(text) for trace in figure["data"] for text in trace.get("text", ())]
     drawn = {ranked[number - 1]["status"] for number in numbers}
     left_out = len(ranked) - len(numbers)
-    legend = [_element("span", _symbol(status), status) for status in _SHAPES if status in drawn]
+    legend = [element("span", _symbol(status), status) for status in _SHAPES if status in drawn]
     if any(trace["mode"] == "lines" for trace in figure["data"]):
         legend.append(_rule("rule", "Pareto front within the budget"))
     legend.append(_rule("rule budget", "accuracy budget"))
@@ -341,19 +267,19 @@ def _plot(
     if left_out:
         words += f" Not drawn: {count_text(left_out, 'candidate')} without accuracy or latency."
     return (
-        _element("p", *legend, class_="legend"),
-        _element(
+        element("p", *legend, class_="legend"),
+        element(
             "div",
-            _element("noscript", "The plot needs JavaScript; the table has the same numbers."),
+            element("noscript", "The plot needs JavaScript; the table has the same numbers."),
             id="plot", role="img", aria_label=f"{scale.name} against latency; see the table",
             style=f"height:{figure['layout']['height']}px",
         ),
-        _element("p", words, class_="small"),
+        element("p", words, class_="small"),
     )  # fmt: skip
 
 
-def _rule(style: str, text: str) -> _Markup:
-    return _element("span", _element("span", class_=style), text)
+def _rule(style: str, text: str) -> Markup:
+    return element("span", element("span", class_=style), text)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -378,13 +304,13 @@ def _best_first(document: _Document) -> list[_Document]:
 
 def _candidates(
     document: _Document, scale: Scale, ranked: Sequence[_Document]
-) -> tuple[_Markup, ...]:
+) -> tuple[Markup, ...]:
     base = document["reference"]["scheme"]
     columns = (
         "", "candidate", "status", scale.name, "latency p50", f"ratio to {base}", "size",
         "peak RSS", "placement",
     )  # fmt: skip
-    head = _element("tr", *(_element("th", column, scope="col") for column in columns))
+    head = element("tr", *(element("th", column, scope="col") for column in columns))
     rows = (
         _row(document, scale, columns, number, candidate)
         for number, candidate in enumerate(ranked, start=1)
@@ -401,11 +327,11 @@ def _candidates(
             "candidate's type; over 100 % means that the engine needs fewer multiplications than "
             "the model counts."
         )
-    table = _element("table", _element("thead", head), *rows)
-    return _element("p", legend, class_="small"), _element("div", table, class_="scroll")
+    table = element("table", element("thead", head), *rows)
+    return element("p", legend, class_="small"), element("div", table, class_="scroll")
 
 
-def _losses(document: _Document) -> _Markup:
+def _losses(document: _Document) -> Markup:
     """The operators to blame where accuracy was lost, and which stayed float for it."""
     facts: list[tuple[str, object]] = []
     for one in document["candidates"]:
@@ -418,7 +344,7 @@ def _losses(document: _Document) -> _Markup:
         if one.get("repairs") and one["status"] in ("chosen", "kept") and one["kept_float"]:
             facts.append((f"{one['id']} keeps in float", "; ".join(one["kept_float"])))
     if not facts:
-        return _Markup("")
+        return Markup("")
     search = document["search"]
     told = (
         "The operators that bring the most noise to the outputs when each is quantized alone, with "
@@ -426,12 +352,12 @@ def _losses(document: _Document) -> _Markup:
         f"{search['evaluations']} evaluations on all selection samples and "
         f"{search['screenings']} on some."
     )
-    return _section("Where accuracy is lost", _element("p", told, class_="small"), _facts(facts))
+    return section("Where accuracy is lost", element("p", told, class_="small"), fact_list(facts))
 
 
 def _row(
     document: _Document, scale: Scale, columns: Sequence[str], number: int, candidate: _Document
-) -> _Markup:
+) -> Markup:
     status = candidate["status"]
     engine = f"{candidate['engine']} {candidate['engine_version'] or ''}".rstrip()
     is_reference = candidate["id"] == document["reference"]["id"]
@@ -447,7 +373,7 @@ def _row(
     if candidate["metric_drop"] is not None and not is_reference:
         drop = f"{scale.drop_name} {scale.drop(candidate['metric_drop'])}"
     cells = (
-        (_element("span", _symbol(status), status, class_="status"),),
+        (element("span", _symbol(status), status, class_="status"),),
         (scale.value(candidate["metric"]), drop, scale.interval(candidate["metric_drop_interval"])),
         (f"{ms_text(latency['p50'])} ms" if latency else DASH, *times),
         (ratio, "the reference" if is_reference else interval),
@@ -455,28 +381,28 @@ def _row(
         (bytes_text(candidate["peak_rss_bytes"]),),
         _placement(candidate["placement"]),
     )
-    name = _element(
-        "th", _element("span", candidate["id"], class_="id"), *_lines(engine, candidate["scheme"]),
+    name = element(
+        "th", element("span", candidate["id"], class_="id"), *_lines(engine, candidate["scheme"]),
         scope="row",
     )  # fmt: skip
     tds = (
-        _element(
+        element(
             "td",
-            _element("div", main, *_lines(*details)),
+            element("div", main, *_lines(*details)),
             data_label=label,
             class_="unknown" if main == DASH else "known",
         )
         for label, (main, *details) in zip(columns[2:], cells, strict=True)
     )
-    facts = _element("tr", _element("td", number, class_="number"), name, *tds)
-    words = _element("div", candidate["reason"] or DASH, class_="reason")
-    last = _element("td", words, *_lines(_more(candidate)), colspan=str(len(columns) - 1))
-    more = _element("tr", _element("td"), last, class_="more")
-    return _element("tbody", facts, more, class_=status)
+    facts = element("tr", element("td", number, class_="number"), name, *tds)
+    words = element("div", candidate["reason"] or DASH, class_="reason")
+    last = element("td", words, *_lines(_more(candidate)), colspan=str(len(columns) - 1))
+    more = element("tr", element("td"), last, class_="more")
+    return element("tbody", facts, more, class_=status)
 
 
-def _lines(*lines: str) -> tuple[_Markup, ...]:
-    return tuple(_element("span", line, class_="small") for line in lines if line)
+def _lines(*lines: str) -> tuple[Markup, ...]:
+    return tuple(element("span", line, class_="small") for line in lines if line)
 
 
 def _placement(placement: _Document | None) -> tuple[str, ...]:
@@ -522,7 +448,7 @@ _CONDITIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-def _conditions(document: _Document) -> tuple[_Markup, ...]:
+def _conditions(document: _Document) -> tuple[Markup, ...]:
     conditions = document["conditions"]
     facts: list[tuple[str, object]] = []
     for key, value in conditions.items():
@@ -536,7 +462,7 @@ def _conditions(document: _Document) -> tuple[_Markup, ...]:
         facts.append((f"{engine} installed", version or DASH))
     facts += _roof_facts(document.get("roofline"))
     phases = ((name, seconds_text(value)) for name, value in document.get("seconds", {}).items())
-    return _facts(facts), _element("h3", "Time the run took"), _facts(phases)
+    return fact_list(facts), element("h3", "Time the run took"), fact_list(phases)
 
 
 def _roof_facts(roofline: _Document | None) -> list[tuple[str, object]]:
@@ -554,13 +480,13 @@ def _roof_facts(roofline: _Document | None) -> list[tuple[str, object]]:
     return found
 
 
-def _reproduce(document: _Document) -> tuple[_Markup, ...]:
+def _reproduce(document: _Document) -> tuple[Markup, ...]:
     model, data = document["model"], document["data"]
     command = document["command"]
     how = (
-        _element("pre", command)
+        element("pre", command)
         if command
-        else _element("p", "The command was not recorded: the run was started from Python.")
+        else element("p", "The command was not recorded: the run was started from Python.")
     )
     facts = (
         ("EdgeKit", document["edgekit"]),
@@ -571,4 +497,4 @@ def _reproduce(document: _Document) -> tuple[_Markup, ...]:
         ("bundle written", document["bundle"] or DASH),
         ("document", document["schema"]),
     )
-    return how, _facts(facts, style="facts wide")
+    return how, fact_list(facts, style="facts wide")

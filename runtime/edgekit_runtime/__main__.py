@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     served = public("serve-stdin", _serve, "answer length-prefixed requests on stdin (see docs)")
     worker = verb("worker", _worker, "measure on command (for edgekit on the host)")
     worker.add_argument("--input", type=Path, help=".npz with samples")
+    worker.add_argument("--intent", default="latency", choices=("latency", "throughput"))
     blocks = verbs.add_parser("blocks", description="time what stdin asks for, line by line")
     blocks.set_defaults(command=_blocks)
     bandwidth = verbs.add_parser("bandwidth", description="time this device's memory")
@@ -119,7 +120,7 @@ def _options(args: argparse.Namespace) -> Dict[str, Any]:
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads is {args.threads}; wanted at least 1")
     options = {"variant": args.variant, "threads": args.threads, "engine": args.engine}
-    for name in ("precision", "guard", "isolate"):
+    for name in ("precision", "guard", "isolate", "intent"):
         if hasattr(args, name):
             options[name] = getattr(args, name)
     if hasattr(args, "timeout"):
@@ -219,7 +220,8 @@ def _bench(args: argparse.Namespace) -> int:
         names = ("cpu_ns", "wall_ns", "energy_j", "rss_bytes", "temperature_c", "frequency_mhz")
         _print({**document, **{name: parts[name] for name in names}})
     else:
-        shown = "  ".join(f"{k} {latency[k] / 1e6:.3f} ms" for k in ("p50", "p90", "min"))
+        known = [k for k in ("p50", "p90", "min") if latency[k] is not None]
+        shown = "  ".join(f"{k} {latency[k] / 1e6:.3f} ms" for k in known)
         split = ", ".join(f"{k} {parts[k]['p50'] / 1e6:.3f}" for k in ("pre", "infer", "post"))
         print(f"{shown}  ({latency['samples']} runs, measured here; {placement})")
         print(f"p50 of the parts in ms: {split}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Optional, Tuple, Type, Union
 
 from .errors import UsageError
 from .lane import Times
@@ -86,11 +87,15 @@ class Measuring:
     after.
 
     `samples` are `(pre_ns, infer_ns, post_ns)`. After the context, `summary()` has percentiles of
-    each part, `before` and `after` are Readings.
+    each part, `before` and `after` are Readings; `save(path)` keeps all of it.
     """
 
     def __init__(
-        self, hooks: Hooks, capacity: int, energy_j: Optional[Callable[[], float]]
+        self,
+        hooks: Hooks,
+        capacity: int,
+        energy_j: Optional[Callable[[], float]],
+        about: Callable[[], Dict[str, Any]] = dict,
     ) -> None:
         if not isinstance(capacity, int) or capacity < 1:
             raise UsageError(f"capacity is {capacity!r}; wanted a number of calls")
@@ -98,7 +103,7 @@ class Measuring:
         self.before: Optional[Reading] = None
         self.after: Optional[Reading] = None
         self._hooks = hooks
-        self._energy = energy_j
+        self._energy, self._about = energy_j, about
         self._stop: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Measuring:
@@ -119,6 +124,17 @@ class Measuring:
         from .machine import energy_joules, read_machine
 
         return read_machine(self._energy or energy_joules)
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Write the calls and the machine's readings as JSON (schema edgekit.measure/1), which
+        `edgekit compare` and `edgekit report` take. The file is complete or not there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from .fieldfile import write
+
+        write(Path(path), self, self._about())
 
     def summary(self) -> Dict[str, Any]:
         """`{total, pre, infer, post}` in nanoseconds (see `timing.summary`), and what changed on

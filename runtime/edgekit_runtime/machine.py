@@ -7,13 +7,14 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 __all__ = [
     "Reading",
     "energy_joules",
     "free_memory_bytes",
     "machine_name",
+    "memory_bytes",
     "peak_rss_bytes",
     "read_machine",
     "rss_bytes",
@@ -75,6 +76,16 @@ def peak_rss_bytes() -> int:
     return int(found if sys.platform == "darwin" else found * 1024)
 
 
+def memory_bytes() -> Dict[str, Optional[int]]:
+    """The process's memory: `rss`, its parts `anonymous` and `file` (mapped files: the kernel can
+    drop them), `pss` (pages shared with others counted in parts) and `peak` resident."""
+    rss, anonymous, mapped = _status("VmRSS:"), _status("RssAnon:"), _status("RssFile:")
+    pss = _status("Pss:", "/proc/self/smaps_rollup")
+    return {
+        "rss": rss, "anonymous": anonymous, "file": mapped, "pss": pss, "peak": peak_rss_bytes(),
+    }  # fmt: skip
+
+
 def free_memory_bytes() -> Optional[int]:
     """What this process may still take: the machine's MemAvailable, or less where its control
     group (version 2) is limited."""
@@ -95,8 +106,8 @@ def machine_name() -> str:
     return _MACHINES.get(found, found)
 
 
-def _status(key: str) -> Optional[int]:
-    with contextlib.suppress(OSError), Path("/proc/self/status").open() as status:
+def _status(key: str, path: str = "/proc/self/status") -> Optional[int]:
+    with contextlib.suppress(OSError), Path(path).open() as status:
         for line in status:
             if line.startswith(key):
                 return int(line.split()[1]) * 1024

@@ -248,7 +248,21 @@ class Session:
         Keeps the last `capacity` calls. `energy_j` is a function that reads a meter in joules;
         without one, the machine's own (RAPL) is read where it may be.
         """
-        return Measuring(self.hooks, capacity, energy_j)
+        return Measuring(self.hooks, capacity, energy_j, self._about)
+
+    def _about(self) -> Dict[str, Any]:
+        """What a file of measured calls says of the model."""
+        placement = self.placement
+        return {
+            "model": self._source.path.name,
+            "variant": self.variant.id if self.variant is not None else None,
+            "engine_version": self.engine_version,
+            "placement": {
+                "shares": placement.shares,
+                "delegate": placement.delegate,
+                "precision": placement.precision,
+            },
+        }
 
     def refresh(self) -> bool:
         """Move to the version that was activated since, if there is one; whether it did.

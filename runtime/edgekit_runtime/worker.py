@@ -3,17 +3,19 @@
 The host starts one worker per candidate and asks them in turn for blocks of samples, so that a
 noisy machine hits all candidates alike and no engine's threads or memory disturb another's.
 
-    {"cmd": "sample", "count": 10, "untimed": 2}  ->  {"samples": [ns, ...]}
+    {"cmd": "sample", "count": 10, "untimed": 2}  ->  {"samples": [ns, ...], "cpu_ns": NS}
+    {"cmd": "throughput", "seconds": 1.5, "batch": 4}  ->  {"runs": N, "wall_ns": NS, "cpu_ns": NS}
     {"cmd": "close"}                ->  the process ends
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from pathlib import Path
-from typing import IO, Any, Dict, List, Optional, Sequence
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 
@@ -22,10 +24,12 @@ from .bundle import Bundle, is_bundle
 from .engines import ENGINE_OF_FORMAT, import_engine
 from .errors import EdgeKitError, EngineMissingError, InputError, UsageError
 from .loading import load
-from .machine import peak_rss_bytes
+from .machine import memory_bytes, peak_rss_bytes
 from .session import Session
 from .source import format_of
 from .timing import sample
+
+_Arrays = Dict[str, np.ndarray]
 
 __all__ = [
     "cold_start",
@@ -61,6 +65,7 @@ def main_loop(
             "ready": True,
             "first_run_ns": first_run_ns,
             "engine_version": session.engine_version,
+            "streams": session.streams,
             "placement": {
                 "shares": placement.shares,
                 "delegate": placement.delegate,
@@ -68,21 +73,53 @@ def main_loop(
             },
         }
     )
-    position = 0
+    turn = itertools.cycle(samples)
     for line in stdin:
         command = json.loads(line)
         if command["cmd"] == "close":
             break
-        taken: List[int] = []
-        for number in range(-command.get("untimed", 0), command["count"]):
-            current = samples[position % len(samples)]
-            position += 1
-            ns = sample(lambda: session.run(current), 1)  # noqa: B023  (called at once)
-            if number >= 0:
-                taken += ns
-        say({"samples": taken, "peak_rss_bytes": peak_rss_bytes()})
+        try:
+            do = _throughput if command["cmd"] == "throughput" else _sample
+            say({**do(session, turn, command), "peak_rss_bytes": peak_rss_bytes()})
+        except EdgeKitError as error:
+            say({"error": str(error), "exit_code": error.exit_code})
     session.close()
     return 0
+
+
+def _sample(session: Session, turn: Iterator[_Arrays], command: Dict[str, Any]) -> Dict[str, Any]:
+    taken: List[int] = []
+    cpu_ns = 0
+    for number in range(-command.get("untimed", 0), command["count"]):
+        current = next(turn)
+        if number == 0:
+            cpu_ns = time.process_time_ns()
+        ns = sample(lambda: session.run(current), 1)  # noqa: B023  (called at once)
+        if number >= 0:
+            taken += ns
+    return {"samples": taken, "cpu_ns": time.process_time_ns() - cpu_ns}
+
+
+def _throughput(
+    session: Session, turn: Iterator[_Arrays], command: Dict[str, Any]
+) -> Dict[str, Any]:
+    """As many calls as are done in the time, as many side by side as the session has streams;
+    `batch` samples a call."""
+    batch = command.get("batch", 1)
+    one = next(turn)
+    whole = one if batch == 1 else {n: np.concatenate([a] * batch) for n, a in one.items()}
+    for _ in session.run_batch([whole] * (2 * session.streams)):
+        pass  # threads and buffers are made by the first calls
+    cpu_ns, start = time.process_time_ns(), time.perf_counter_ns()
+    end = start + int(command["seconds"] * 1e9)
+
+    def endless() -> Iterator[_Arrays]:
+        while time.perf_counter_ns() < end:
+            yield whole
+
+    runs = sum(1 for _ in session.run_batch(endless()))
+    wall_ns = time.perf_counter_ns() - start
+    return {"runs": runs, "wall_ns": wall_ns, "cpu_ns": time.process_time_ns() - cpu_ns}
 
 
 def cold_start(
@@ -91,21 +128,27 @@ def cold_start(
     """Import, load and run once in this fresh process; nanoseconds of each phase.
 
     `started_ns` is the clock before the runtime was imported, None if nobody looked (then there
-    is no `import_ns`). Importing the engine's package counts as import, not as load.
+    is no `import_ns`). Importing the engine's package counts as import, not as load. `memory_bytes`
+    has `machine.memory_bytes` after each phase.
     """
     _import_engine_of(path, options)
     imported = time.perf_counter_ns()
+    memory = {"import": memory_bytes()}
+    begin = time.perf_counter_ns()
     session = load(path, **options)
     loaded = time.perf_counter_ns()
+    memory["load"] = memory_bytes()
     samples = read_samples(session, inputs)
-    begin = time.perf_counter_ns()
+    first = time.perf_counter_ns()
     session.run(samples[0])
     end = time.perf_counter_ns()
+    memory["first_run"] = memory_bytes()
     known = {} if started_ns is None else {"import_ns": imported - started_ns}
     return {
         **known,
-        "load_ns": loaded - imported,
-        "first_run_ns": end - begin,
+        "load_ns": loaded - begin,
+        "first_run_ns": end - first,
+        "memory_bytes": memory,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

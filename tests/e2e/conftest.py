@@ -74,7 +74,9 @@ class Cli:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.environment = {**os.environ, "EDGEKIT_CACHE": str(cache)}
+        self.environment = {
+            **os.environ, "EDGEKIT_CACHE": str(cache), "EDGEKIT_STORE": str(cache / "store"),
+        }  # fmt: skip
         self.command = [sys.executable, "-P", "-c", "from edgekit.cli import main; main()"]
 
     def __call__(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

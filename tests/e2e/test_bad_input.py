@@ -220,11 +220,13 @@ def test_install_lines_keep_their_brackets(edgekit, monkeypatch, capsys) -> None
 
 
 def test_evaluation_data_may_be_given_to_bench(edgekit, good) -> None:
-    done = edgekit("bench", good[0], "--input", good[1], "--threads", "1")
+    done = edgekit(
+        "bench", good[0], "--input", good[1], "--threads", "1", "--budget", "2s", "--allow-unfit"
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_bench_on_wrong_input_is_the_users_mistake(edgekit, good, tmp_path) -> None:
     np.savez(tmp_path / "w.npz", picture=np.zeros((3, 1, 12, 12), np.float32))
-    done = edgekit("bench", good[0], "--input", tmp_path / "w.npz")
+    done = edgekit("bench", good[0], "--input", tmp_path / "w.npz", "--allow-unfit")
     assert_one_line(done, 2, "the inputs are named picture; wanted: image")

@@ -29,6 +29,8 @@ def test_shell_examples_run(edgekit, folder) -> None:
     for line in block.splitlines():
         command = shlex.split(line, comments=True)
         assert command[0] == "edgekit"
+        if command[1] == "bench":  # a test machine may be busy
+            command.append("--allow-unfit")
         done = edgekit(*command[1:], cwd=folder)
         assert done.returncode == 0, (line, done.stderr)
         assert done.stdout.strip()

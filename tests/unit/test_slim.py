@@ -259,7 +259,8 @@ def test_bench_measures(run: Run) -> None:
     latency = document["latency_ns"]
     assert latency["label"] == "measured"
     assert latency["samples"] == len(document["samples_ns"]) == 20
-    assert 0 < latency["min"] <= latency["p50"] <= latency["p90"]
+    assert 0 < latency["min"] <= latency["p50"]
+    assert latency["p90"] is None  # 20 samples say nothing of it
     assert latency["min"] == min(document["samples_ns"])
     assert document["peak_rss_bytes"] > 10_000_000
     assert "measured here" in run("bench linear.onnx --runs 5 --input samples.npz").stdout

@@ -48,13 +48,17 @@ def test_the_samples_are_left_as_they_were() -> None:
 
 def test_summary_has_the_fields_every_report_shows() -> None:
     samples = [5, 1, 4, 2, 3, 9, 8, 7, 6, 10]
-    assert summary(samples) == {"p50": 5, "p90": 9, "min": 1, "samples": 10, "label": "measured"}
+    known = {"p50": 5, "p90": None, "p99": None, "min": 1, "samples": 10, "label": "measured"}
+    assert summary(samples) == known
     assert summary(samples, label="simulated")["label"] == "simulated"
 
 
-@pytest.mark.parametrize(("count", "p99"), [(99, None), (100, 99), (101, 100)])
-def test_p99_needs_a_hundred_samples(count: int, p99: int | None) -> None:
-    assert summary(range(1, count + 1)).get("p99") == p99
+@pytest.mark.parametrize(
+    ("count", "p90", "p99"), [(35, None, None), (36, 33, None), (367, 331, None), (368, 332, 365)]
+)
+def test_percentiles_need_samples_beyond_them(count: int, p90: int | None, p99: int | None) -> None:
+    found = summary(range(1, count + 1))
+    assert (found["p90"], found["p99"]) == (p90, p99)
 
 
 def test_sample_times_each_call() -> None:

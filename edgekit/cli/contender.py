@@ -1,0 +1,82 @@
+"""A MODEL on the command line as something that can be measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekit.artifact import FORMAT_NAMES, open_model
+from edgekit.cache import Cache
+from edgekit.conversion import convert_with_proof
+from edgekit.errors import LimitError, UsageError
+from edgekit.facts import this_machine
+from edgekit.formats import detect
+from edgekit.measure.worker import Contender
+from edgekit.observer import Observer
+from edgekit.reading import Reading
+from edgekit_runtime.bundle import Bundle, is_bundle
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+
+__all__ = ["contender", "engine_of", "model_bytes", "parts"]
+
+
+def contender(
+    model: str, *, engine: str | None, threads: int | None, reading: Reading, observer: Observer,
+    name: str | None = None,
+) -> Contender:  # fmt: skip
+    """The contender of a bundle, or of a model of any format, converted if need be.
+
+    Raises:
+        UsageError: an option that does not fit.
+        LimitError: converted, it computes something else.
+        EdgeKitError: it cannot be read or converted.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; wanted at least 1")
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
+    path = Path(model)
+    if path.is_file() and is_bundle(path):
+        if engine is not None:
+            raise UsageError("--engine is for models; a bundle's variants name theirs")
+        with Bundle(path) as opened:
+            opened.verify()
+            variant = opened.manifest.variant()
+        return Contender(name or path.name, path, threads or variant.threads)
+    path, engine = _loadable(model, engine, reading, observer)
+    return Contender(name or Path(model).name, path, threads or this_machine().threads, engine)
+
+
+def engine_of(one: Contender) -> str:
+    """The engine that will run it."""
+    if one.engine is not None:
+        return one.engine
+    with Bundle(one.path) as opened:
+        return opened.manifest.variant().engine
+
+
+def parts(path: Path) -> list[Path]:
+    """The model's files: its weights, too, where they are in a file of their own."""
+    weights = path.with_suffix(".bin")
+    return [path, *([weights] if path.suffix in (".xml", ".param") and weights.is_file() else [])]
+
+
+def model_bytes(path: Path) -> int:
+    """The size of all its files."""
+    return sum(one.stat().st_size for one in parts(path))
+
+
+def _loadable(
+    model: str, engine: str | None, reading: Reading, observer: Observer
+) -> tuple[Path, str]:
+    """A file that the engine loads: the model, or what it becomes, proven to compute the same."""
+    fmt = detect(model).format
+    wanted = engine or ENGINE_OF_FORMAT.get(fmt, "onnxruntime")
+    if fmt in ENGINES[wanted].formats and not reading.inputs:
+        return Path(model), wanted
+    artifact = open_model(model, reading=reading)
+    target = ENGINES[wanted].formats[0]
+    found = convert_with_proof(artifact, target, cache=Cache(), observer=observer)
+    if not found.passed:
+        reason = next(line for line in found.ledger if not line.passed).reason()
+        raise LimitError(f"as {FORMAT_NAMES[target]} it computes something else: {reason}")
+    return found.artifact.path, wanted
