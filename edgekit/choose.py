@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import median_interval, ratio_interval
 
-__all__ = ["Allowed", "Choice", "Entrant", "over_budget", "rank"]
+__all__ = ["Allowed", "Choice", "Entrant", "over_budget", "rank", "samples_to_tell"]
 
 #: medians further apart than this never count as equal, however wide the interval
 _LEVEL = 1.05
@@ -60,6 +61,18 @@ def over_budget(evaluation: Mapping[str, Any], allowed: Allowed) -> str | None:
                 f"{_lost(worst['drop'])}, more than the {allowed.slice_drop:g} allowed for a slice"
             )
     return None
+
+
+def samples_to_tell(evaluation: Mapping[str, Any], allowed: Allowed) -> int | None:
+    """About how many samples it takes until the 95 % interval of the drop lies on one side of what
+    is allowed, as its width shrinks with the root of their number; None if it does already."""
+    span = evaluation.get("drop_interval")
+    if not span or not span[0] <= allowed.drop < span[1]:
+        return None
+    half = (span[1] - span[0]) / 2
+    away = max(abs(allowed.drop - evaluation["drop"]), half / 100)
+    samples: float = evaluation["samples"] * (half / away) ** 2
+    return math.ceil(samples)
 
 
 def _lost(drop: float) -> str:

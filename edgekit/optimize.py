@@ -23,7 +23,7 @@ from edgekit import sandbox
 from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
 from edgekit.cache import Cache, write_atomically
-from edgekit.choose import Allowed, Entrant, over_budget, rank
+from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
 from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
 from edgekit.device import Roofline
 from edgekit.errors import (
@@ -455,6 +455,7 @@ class _Run:
             "samples": after["samples"],
             "tries": tries,
             "reason": reason,
+            "samples_to_tell": samples_to_tell(after, self.allowed),
         }
 
     # --- bundle and report ----------------------------------------------------------------------

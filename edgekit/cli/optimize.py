@@ -267,6 +267,13 @@ def _show_confirmation(document: dict[str, Any]) -> None:
         f"(drop {confirmed['drop']:+.4f}{span}; allowed {document['max_drop']:g})",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+    needed = confirmed["samples_to_tell"]
+    if needed is not None:
+        stdout.print(
+            f"NOT CERTAIN: the interval holds both more and less than is allowed; about {needed} "
+            "samples would tell",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _without_folder(argument: str) -> str:

@@ -238,7 +238,7 @@ def _verdict(document: _Document, scale: Scale, found: _Document) -> str:
     if interval[1] > max_drop:
         return (
             f"{within}, but so few samples do not rule out more: the interval reaches "
-            f"{scale.drop(interval[1])}."
+            f"{scale.drop(interval[1])}. About {found['samples_to_tell']} would tell."
         )
     return f"{within}, and so is the whole confidence interval."
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.choose import Allowed, Entrant, over_budget, rank
+from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
 from edgekit.measure.benchmark import Measurement
 
 
@@ -85,3 +85,12 @@ def test_the_worst_slice_may_rule_out_what_is_good_on_average() -> None:
     assert reason == (
         "slice class=1 (10 samples) loses 0.5000, more than the 0.1 allowed for a slice"
     )
+
+
+def test_how_many_samples_would_tell() -> None:
+    """Half the width goes with the root: for a tenth of it, a hundred times the samples."""
+    found = {"drop": 0.02, "drop_interval": [-0.03, 0.07], "samples": 100}
+    assert samples_to_tell(found, Allowed(0.025)) == pytest.approx(10_000, rel=0.001)
+    assert samples_to_tell(found, Allowed(0.07)) is None  # the whole interval is within
+    assert samples_to_tell(found, Allowed(-0.04)) is None  # the whole interval is beyond
+    assert samples_to_tell({"drop": 0.0, "drop_interval": None, "samples": 9}, Allowed(0.1)) is None

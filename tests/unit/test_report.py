@@ -131,6 +131,7 @@ def document() -> dict[str, Any]:
         "confirmation": {
             "metric": 0.94, "reference_metric": 0.945, "drop": 0.005,
             "drop_interval": [-0.002, 0.009], "samples": 400, "tries": 1, "reason": None,
+            "samples_to_tell": 4000,
         },
         "bundle": "out/model.edgekit", "report": "out/report.html", "incomplete": False,
         "notes": [], "command": "edgekit optimize models/net.onnx", "edgekit": "0.1.0",
