@@ -121,7 +121,7 @@ def operators(models: list[Path]) -> None:
 
 
 def tools(models: list[Path]) -> None:
-    """Medians of the engine's own tool and of ours, in turn, on one processor, eight rounds."""
+    """Medians of the engine's own tool and of ours, in turn, on one processor, 24 rounds."""
     import os
 
     import numpy as np
@@ -130,12 +130,12 @@ def tools(models: list[Path]) -> None:
     cpu = sorted(os.sched_getaffinity(0))[:1]
     for model in models:
         ratios = []
-        for _ in range(8):
+        for _ in range(24):
             with Worker(Contender("m", model, 1), None, cpus=cpu) as worker:
                 worker.take(0.3)
-                before = worker.take(1.5, most=100_000).samples_ns
+                before = worker.take(0.6, most=100_000).samples_ns
                 theirs = tool_of[model.suffix](model, cpu[0])
-                after = worker.take(1.5, most=100_000).samples_ns
+                after = worker.take(0.6, most=100_000).samples_ns
             ratios.append(float(np.median(before + after)) / theirs)
         middle, low, high = median_interval(ratios)
         print(f"{model.name}: ours / theirs {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
@@ -148,17 +148,20 @@ def _run(*line: str) -> str:
 
 
 def _benchmark_app(model: Path, cpu: int) -> float:
-    """Median latency in ns by OpenVINO's benchmark_app, one synchronous request, f32."""
+    """Median latency in ns by OpenVINO's benchmark_app, one synchronous request, f32, with the
+    input handed over in each run, as in ours."""
     folder = Path(sys.executable).parent
     with load(model) as session:
         shape = str(list(session.inputs[0].usual_shape())).replace(" ", "")
     said = _run(
         "taskset", "-c", str(cpu), str(folder / "benchmark_app"), "-m", str(model), "-api", "sync",
-        "-t", "2", "-nireq", "1", "-nstreams", "1", "-nthreads", "1", "-hint", "none",
-        "-infer_precision", "f32", "-d", "CPU", "-shape", shape,
+        "-t", "1", "-nireq", "1", "-nstreams", "1", "-nthreads", "1", "-hint", "none",
+        "-infer_precision", "f32", "-d", "CPU", "-inference_only", "False", "-ip", "f32", "-shape",
+        shape,
     )  # fmt: skip
     line = next(one for one in said.splitlines() if "Median" in one)
-    return 1e6 * float(line.split()[-2])
+    *_, figure, unit = line.split()
+    return float(figure) * {"ms": 1e6, "us": 1e3}[unit]
 
 
 def _litert_benchmark(model: Path, cpu: int) -> float:

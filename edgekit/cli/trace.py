@@ -85,13 +85,13 @@ def trace(
             reading=(source or SourceOptions()).reading(),
         )  # fmt: skip
         where = conditions()
-        peak = _peak(engine_of(one), threads, where) if roof else None
+        peak, rate = _roof(engine_of(one), threads, where) if roof else (None, None)
         observer.phase("profiling")
         found = run_trace(one, inputs=input_, runs=runs)
         document = {
             "schema": "edgekit.trace/1", "model": str(model), **found.to_json(),
-            "roof_gop_per_s": peak, "advice": [line.to_json() for line in advice(found.steps)],
-            "conditions": where,
+            "roof_gop_per_s": peak, "roof_bytes_per_s": rate,
+            "advice": [line.to_json() for line in advice(found.steps)], "conditions": where,
         }  # fmt: skip
         kept.add(document)
     if out is not None:
@@ -105,16 +105,17 @@ def trace(
         stdout.print(f"timeline for ui.perfetto.dev: {out}", markup=False, soft_wrap=True)
 
 
-def _peak(engine: str, threads: int, where: dict[str, Any]) -> float | None:
-    """The most this engine did here in float32, in operations a second over 1e9."""
+def _roof(engine: str, threads: int, where: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The most this engine did here in float32, in operations a second over 1e9, and the bytes a
+    second that memory gave."""
     if engine not in COLLECTORS:
-        return None
+        return None, None
     found = roofline_here([engine], threads, where, Cache())
     rates = [
         one.ops_per_s for one in found.compute
         if (one.engine, one.dtype, one.threads, one.kind) == (engine, "float32", threads, "gemm")
     ]  # fmt: skip
-    return max(rates) / 1e9 if rates else None
+    return (max(rates) / 1e9 if rates else None), found.memory_bytes_per_s
 
 
 def _show(document: dict[str, Any], found: Trace, top: int) -> None:

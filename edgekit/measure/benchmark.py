@@ -21,7 +21,7 @@ from typing import Any
 
 from edgekit.errors import EdgeKitError, by_name
 from edgekit.measure.statistics import median_interval, ratio_interval
-from edgekit.measure.worker import Contender, Worker, command
+from edgekit.measure.worker import Contender, Worker, command, processors
 from edgekit.sandbox import child_environment
 from edgekit_runtime.timing import percentile_ns, summary
 
@@ -94,12 +94,13 @@ def measure(
 
     taken = {one.id: Measurement() for one in contenders}
     rng = random.Random(seed)  # noqa: S311  (order of measuring, no secret)
+    cpus = processors(max((one.threads for one in contenders), default=1))
     with ExitStack() as stack:
         workers = {}
         for one in contenders:
             # One after the other: starting them together would be a load of our own making.
             with _failures_into(taken[one.id]):
-                worker = stack.enter_context(Worker(one, inputs))
+                worker = stack.enter_context(Worker(one, inputs, cpus=cpus))
                 taken[one.id].first_run_ns = worker.hello["first_run_ns"]
                 taken[one.id].engine_version = worker.hello["engine_version"]
                 taken[one.id].placement = worker.hello["placement"]

@@ -10,7 +10,6 @@ interval is over starts.
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from edgekit.measure.series import effective_size, quantile_interval
 from edgekit.measure.statistics import median_interval
-from edgekit.measure.worker import Contender, Worker
+from edgekit.measure.worker import Contender, Worker, processors
 
 __all__ = ["Duel", "Effort", "Ratio", "duel", "ratio_of_series", "verdict"]
 
@@ -135,7 +134,7 @@ def duel(
     found, rng = Duel(), random.Random(seed)  # noqa: S311  (order of measuring, no secret)
     deadline = time.monotonic() + effort.budget_s
     for start in range(effort.most):
-        cpus = _processors(max(base.threads, new.threads), start)
+        cpus = processors(max(base.threads, new.threads), start)
         try:
             _one_start(found, (base, new), inputs, effort=effort, cpus=cpus, rng=rng)
         except Exception as error:
@@ -184,17 +183,6 @@ def _one_start(
         found.base_rss.append(workers[0].peak_rss_bytes)
         found.new_rss.append(workers[1].peak_rss_bytes)
         found.hello = [workers[0].hello, workers[1].hello]
-
-
-def _processors(threads: int, start: int) -> list[int] | None:
-    """As many processors as threads, others at every start; None where all are needed."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    ours = sorted(os.sched_getaffinity(0))
-    if threads >= len(ours):
-        return None
-    first = (start * threads) % len(ours)
-    return [ours[(first + i) % len(ours)] for i in range(threads)]
 
 
 def ratio_of_series(base: Sequence[int], new: Sequence[int]) -> Ratio:

@@ -51,8 +51,9 @@ class Axis:
 
 
 def lines(series: Sequence[Series], x: Axis, y: Axis, *, marks: Sequence[tuple[float, str]] = (),
-          says: str) -> Markup:  # fmt: skip
-    """A line chart; `marks` are vertical lines with a text, `says` is for those who cannot see."""
+          dots: Sequence[tuple[float, float, str]] = (), says: str) -> Markup:  # fmt: skip
+    """A line chart; `marks` are vertical lines with a text, `dots` points with what is told of them
+    under the mouse, `says` is for those who cannot see."""
     shapes = [_rule(0, 1000, 400 * (1 - y.place(at))) for at, _ in y.ticks]
     for number, one in enumerate(series):
         points = _thinned(one.points)
@@ -72,6 +73,7 @@ def lines(series: Sequence[Series], x: Axis, y: Axis, *, marks: Sequence[tuple[f
         *(_word("ytick", text, bottom=y.place(at)) for at, text in y.ticks),
         *(_word("xtick", text, left=x.place(at)) for at, text in x.ticks),
         *(_word("marktext", text, left=x.place(at)) for at, text in marks),
+        *(_dot(x.place(px), y.place(py), text) for px, py, text in dots),
     ]
     named = [
         element("span", element("span", class_=f"swatch c{i % _COLOURS}"), one.name)
@@ -111,6 +113,11 @@ def _rule(left: float, right: float, height: float) -> Markup:
 def _word(kind: str, text: str, **place: float) -> Markup:
     ((side, share),) = place.items()
     return element("span", text, class_=kind, style=f"{side}:{100 * share:.2f}%")
+
+
+def _dot(left: float, bottom: float, text: str) -> Markup:
+    place = f"left:{100 * left:.2f}%;bottom:{100 * bottom:.2f}%"
+    return element("span", class_="dot", style=place, title=text)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

@@ -230,7 +230,41 @@ def _traced(document: dict[str, Any]) -> tuple[Markup, ...]:
     words += f"; the {_MOST_BARS} dearest are shown" if len(steps) > _MOST_BARS else ""
     advice = [element("li", one["text"]) for one in document.get("advice") or []]
     fix = (element("h3", "What to fix"), element("ul", *advice)) if advice else ()
-    return element("p", words, class_="small"), bars(rows), *fix
+    return element("p", words, class_="small"), bars(rows), *fix, *_roofline(document, steps)
+
+
+def _roofline(document: dict[str, Any], steps: Sequence[dict[str, Any]]) -> tuple[Markup, ...]:
+    """Operators under the roof (Williams et al., 2009): operations a byte against operations a
+    second; what is far below both lines has something to win."""
+    peak, rate = document.get("roof_gop_per_s"), document.get("roof_bytes_per_s")
+    dots = [
+        (math.log10(2 * one["macs"] / one["bytes"]), math.log10(one["gop_per_s"]),
+         f"{one['name']} ({one['type']}): {one['gop_per_s']:.3g} GOP/s, "
+         f"{2 * one['macs'] / one['bytes']:.3g} operations a byte")
+        for one in steps
+        if one.get("macs") and one.get("bytes") and one["gop_per_s"]
+    ]  # fmt: skip
+    if not (peak and rate and dots):
+        return ()
+    ridge = math.log10(1e9 * peak / rate)
+    top = math.log10(peak)
+    left = min(ridge, *(x for x, _, _ in dots)) - 0.3
+    right = max(ridge, *(x for x, _, _ in dots)) + 0.3
+    low = min(top - 1, *(y for _, y, _ in dots)) - 0.2
+    bent = [(left, top + left - ridge), (ridge, top), (right, top)]
+    if bent[0][1] < low:  # the slope enters from below
+        bent[0] = (ridge - (top - low), low)
+    shown = lines(
+        [Series(f"the roof: {peak:.3g} GOP/s, {rate / 1e9:.3g} GB/s, measured", bent)],
+        _log_axis("operations per byte read and written", 10**left, 10**right),
+        _log_axis("GOP/s", 10**low, 10 ** (top + 0.2)), dots=dots,
+        says="the roof, and where the operators are under it",
+    )  # fmt: skip
+    words = (
+        "Each dot is an operator. Bytes are those of its inputs, weights and outputs: what stays "
+        "in a cache may lift a dot above the slope."
+    )
+    return element("h3", "Roofline"), shown, element("p", words, class_="small")
 
 
 def _conditions(document: dict[str, Any]) -> Markup:

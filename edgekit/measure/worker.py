@@ -24,7 +24,7 @@ from edgekit.errors import ChildError, by_name
 from edgekit.sandbox import child_environment
 from edgekit_runtime.timing import percentile_ns
 
-__all__ = ["Block", "Contender", "Worker", "command"]
+__all__ = ["Block", "Contender", "Worker", "command", "processors"]
 
 
 @dataclass(frozen=True)
@@ -206,3 +206,29 @@ def _only_on(cpus: Sequence[int] | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def processors(threads: int, turn: int = 0) -> list[int] | None:
+    """As many of the fastest processors as threads, others at every turn; None where all of them
+    are needed, or pinning is not to be had.
+
+    Contenders on the same processors share what disturbs them (decision record 8).
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    able = sorted(os.sched_getaffinity(0))
+    most = max(map(_capacity, able))
+    ours = [one for one in able if _capacity(one) == most]
+    if threads >= len(ours):
+        return None
+    first = (turn * threads) % len(ours)
+    return [ours[(first + i) % len(ours)] for i in range(threads)]
+
+
+def _capacity(processor: int) -> int:
+    """How fast it is beside the others, as Linux says; 0 where it does not."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{processor}")
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        with suppress(OSError, ValueError):
+            return int((folder / name).read_text())
+    return 0

@@ -64,6 +64,11 @@ def test_a_trace_counts_what_the_network_computes(engine: str, tmp_path: Path) -
     assert "Conv" in dearest.type
     assert dearest.ops_per_s == 2 * dearest.macs / dearest.duration_ns * 1e9
     assert dearest.shapes[0] in (SIZE, (1, 32, 32, 32))
+    assert dearest.bytes is not None
+    moved = 4 * (pixels * (16 + 32) + 9 * 16 * 32)  # both convolutions read and write as much
+    assert moved <= dearest.bytes <= moved + 4 * 4 * 32
+    (product,) = (one for one in found.steps if one.macs == 16 * 8)
+    assert product.bytes == 4 * (16 + 16 * 8 + 8)
     document = found.to_json()
     assert document["sum_ns"] == sum(one["duration_ns"] for one in document["steps"])
 

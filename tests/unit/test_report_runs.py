@@ -106,6 +106,31 @@ def test_operators_are_bars_the_dearest_first() -> None:
     assert "the 20 dearest are shown" in page.text
 
 
+def test_operators_stand_under_the_roof_by_what_they_do_with_a_byte() -> None:
+    steps = [
+        {"name": "on the slope", "type": "Conv", "device": "CPU", "duration_ns": 1000,
+         "gop_per_s": 10.0, "macs": 5000, "bytes": 10000},  # one operation a byte
+        {"name": "on the flat", "type": "Conv", "device": "CPU", "duration_ns": 1000,
+         "gop_per_s": 100.0, "macs": 5000, "bytes": 100},  # a hundred
+        {"name": "no products", "type": "Relu", "device": "CPU", "duration_ns": 10,
+         "gop_per_s": None, "macs": 0, "bytes": 100},
+    ]  # fmt: skip
+    page = Page(_trace(steps=steps, sum_ns=2010, roof_gop_per_s=100.0, roof_bytes_per_s=1e10))
+    slope, flat = (
+        [float(part.split(":")[1].rstrip("%")) for part in (one["style"] or "").split(";")]
+        for one in page.of("dot")
+    )
+    (roof,) = page.of("line")
+    bends = [(float(x) / 10, 100 - float(y) / 4)
+             for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", roof["d"] or "")]  # fmt: skip
+    (x0, y0), (x1, y1), (_, y2) = bends
+    assert y1 == y2 == pytest.approx(flat[1], abs=0.1)
+    assert (slope[1] - y0) / (slope[0] - x0) == pytest.approx((y1 - y0) / (x1 - x0), rel=0.01)
+    assert flat[0] > x1
+    assert "operations a byte" in (page.of("dot")[0]["title"] or "")
+    assert not Page(_trace()).of("dot")
+
+
 def test_a_comparison_is_shown_with_both_distributions() -> None:
     figure = {"figure": "latency_ns", "ratio": 1.2, "interval": [1.1, 1.3], "verdict": "slower",
               "regression": True, "note": ""}  # fmt: skip
