@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from edgekit.deploy.lab import keys_for
 from edgekit.deploy.transport import Completed, Conversation, Transport
 from edgekit.errors import TargetError, UsageError, one_line, require
 
 __all__ = ["SshTransport"]
 
-_CONNECT_S = 15.0
+_CONNECT_S = 30.0
 _KEEPALIVE_S = 5.0  # three unanswered ones end the connection: a cut is noticed in 15 s
 _T = TypeVar("_T")
 
@@ -26,25 +27,50 @@ _T = TypeVar("_T")
 class SshTransport(Transport):
     """One connection, used by one thread."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, accept_new_host_key: bool = False) -> None:
         super().__init__(target)
+        place = _parse(target)
         self._asyncssh = require("asyncssh", extra="ssh")
         logging.getLogger("asyncssh").setLevel(logging.CRITICAL)
         self._loop = asyncio.new_event_loop()
         try:
-            self._connection = self.wait(self._connect(_parse(target)), _CONNECT_S)
+            if accept_new_host_key:
+                self.wait(self._learn(place), _CONNECT_S)
+            self._connection = self.wait(self._connect(place), _CONNECT_S)
         except BaseException:
             self._loop.close()
             raise
 
     async def _connect(self, place: SplitResult) -> Any:
+        port = place.port or 22
+        keys = keys_for(place.hostname, port)
+        known: dict[str, Any] = {}
+        if keys is not None:  # a board of the lab: nothing of the user's is asked or changed
+            trusted = self._asyncssh.import_known_hosts(keys.known_hosts)
+            known = {"client_keys": [str(keys.key)], "known_hosts": trusted, "config": None}
         return await self._asyncssh.connect(
             place.hostname,
-            port=place.port or 22,
+            port=port,
             username=place.username or getpass.getuser(),
             keepalive_interval=_KEEPALIVE_S,
             connect_timeout=_CONNECT_S,
+            **known,
         )
+
+    async def _learn(self, place: SplitResult) -> None:
+        """Add the host's key to known_hosts, unless there is one."""
+        host, port = str(place.hostname), place.port or 22
+        file = Path.home() / ".ssh" / "known_hosts"
+        known = str(file) if file.exists() else b""
+        if keys_for(host, port) or any(self._asyncssh.match_known_hosts(known, host, "", port)):
+            return
+        key = await self._asyncssh.get_server_host_key(host, port)
+        if key is None:
+            raise TargetError(f"{self.target}: it shows no host key")
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        name = host if port == 22 else f"[{host}]:{port}"
+        with file.open("a") as out:
+            out.write(f"{name} {key.export_public_key().decode().strip()}\n")
 
     def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         async def work() -> Completed:
@@ -93,7 +119,7 @@ class SshTransport(Transport):
         except ssh.HostKeyNotVerifiable as error:
             raise TargetError(
                 f"{self.target}: {one_line(error).rstrip('.')}; compare the device's key, then let "
-                "ssh add it to known_hosts by connecting once"
+                "ssh add it to known_hosts by connecting once, or --accept-new-host-key"
             ) from None
         except ssh.PermissionDenied:
             raise TargetError(

@@ -112,8 +112,9 @@ class Transport(ABC):
         self.close()
 
 
-def connect(target: str) -> Transport:
-    """A connection to `local` or `ssh://user@host:port`.
+def connect(target: str, *, accept_new_host_key: bool = False) -> Transport:
+    """A connection to `local` or `ssh://user@host:port`. With `accept_new_host_key` a host that
+    known_hosts does not know is added to it; one whose key has changed never is.
 
     Raises:
         UsageError: not a target this version knows.
@@ -123,5 +124,7 @@ def connect(target: str) -> Transport:
     if scheme not in _TRANSPORTS or (scheme == "local") is not (target == "local"):
         raise UsageError(f"no target {target!r}; known: local, ssh://user@host:port")
     module, name = _TRANSPORTS[scheme]
-    opened: Transport = getattr(importlib.import_module(module), name)(target)
+    kind = getattr(importlib.import_module(module), name)
+    options = {"accept_new_host_key": accept_new_host_key} if scheme == "ssh" else {}
+    opened: Transport = kind(target, **options)
     return opened

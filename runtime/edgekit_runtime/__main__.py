@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     worker = verb("worker", _worker, "measure on command (for edgekit on the host)")
     worker.add_argument("--input", type=Path, help=".npz with samples")
     worker.add_argument("--intent", default="latency", choices=("latency", "throughput"))
+    trial = verbs.add_parser("trial", description="try a bundle (for edgekit deploy)")
+    trial.add_argument("model", type=Path)
+    trial.add_argument("--active", type=Path, help="the version it is to follow")
+    trial.add_argument("--max-latency-ns", type=int)
+    trial.set_defaults(command=_trial)
     blocks = verbs.add_parser("blocks", description="time what stdin asks for, line by line")
     blocks.set_defaults(command=_blocks)
     bandwidth = verbs.add_parser("bandwidth", description="time this device's memory")
@@ -310,6 +315,14 @@ def _block(model: str, engine: str, threads: int, precision: str, block_ns: int)
         while not samples or (sum(samples) < block_ns and len(samples) < 400):
             samples += sample(bound, 1)
         return {"samples": samples, "precision": session.placement.precision}
+
+
+def _trial(args: argparse.Namespace) -> int:
+    from .acceptance import accept
+
+    verdict = accept(args.model, active=args.active, latency_ns=args.max_latency_ns)
+    _print(verdict)
+    return 0 if verdict["ok"] else 1
 
 
 def _bandwidth(args: argparse.Namespace) -> int:

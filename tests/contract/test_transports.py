@@ -166,6 +166,19 @@ def test_an_unknown_host_key_is_refused_and_not_added(server) -> None:
     assert server.target in one_line(lambda: connect(server.target))
 
 
+def test_an_unknown_host_key_is_added_when_asked_for_but_a_changed_one_never(server) -> None:
+    known = server.known_hosts.read_text()
+    server.known_hosts.write_text("")
+    with connect(server.target, accept_new_host_key=True) as made:
+        assert made.run(["true"], timeout_s=30).code == 0
+    assert server.known_hosts.read_text().split()[:3] == known.split()[:3]
+    other = server.new_key().export_public_key().decode().split()[:2]
+    server.known_hosts.write_text(" ".join([known.split()[0], *other]) + "\n")
+    changed = server.known_hosts.read_text()
+    one_line(lambda: connect(server.target, accept_new_host_key=True))
+    assert server.known_hosts.read_text() == changed
+
+
 def test_a_wrong_key_is_refused(server) -> None:
     server.new_key()
     assert "no key of ours is accepted" in one_line(lambda: connect(server.target))
