@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgekit import sandbox
 from edgekit.artifact import SOURCES, Artifact
 from edgekit.cache import Cache, Key, content_key
 from edgekit.compress.fix_shapes import fix_shapes
+from edgekit.compress.prune import prune
 from edgekit.compress.quantize import quantize
 from edgekit.compress.quantizers import quantizer_for, readable_as
 from edgekit.conversion import Given, convert_with_proof
@@ -64,14 +65,20 @@ class Builder:
         Raises:
             EdgeKitError: a converter or quantizer refuses it, crashed, or went over its limits.
         """
-        artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
         scheme = candidate.scheme
+        if candidate.pruning is not None:
+            pruned = self.onnx(candidate, limits, progress)
+            artifact = convert(
+                pruned, candidate.format, cache=self.cache, limits=limits, progress=progress
+            )
+        else:
+            artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
         if scheme.kind in ("fp32", "bf16"):
             return artifact
         source, target = artifact, None
-        came = readable_as(self.came.format) if self.came else ""
+        came = readable_as(self.came.format) if self.came and not candidate.pruning else ""
         taken = quantizer_for(scheme, candidate.format, source=came).takes
-        if self.came and taken != candidate.format:  # a quantizer inside a converter
+        if came and self.came and taken != candidate.format:  # a quantizer inside a converter
             source = convert(self.came, taken, cache=self.cache, limits=limits, progress=progress)
             target = candidate.format
         onnx = None
@@ -84,11 +91,19 @@ class Builder:
         )  # fmt: skip
 
     def onnx(self, candidate: Candidate, limits: sandbox.Limits, progress: Progress) -> Artifact:
-        """The float model as ONNX, on which sensitivity and recovery are computed.
+        """The float model as ONNX, on which sensitivity and recovery are computed; without what
+        the candidate's pruning takes out.
 
         Raises:
             EdgeKitError: there is no way to ONNX, or it fails.
         """
+        if candidate.pruning is not None:
+            whole = self.onnx(replace(candidate, pruning=None), limits, progress)
+            with self._locks.setdefault(("pruned", False), threading.Lock()):  # one learns for all
+                return prune(
+                    whole, candidate.pruning, self.split.calibration_data, self.split.calibration,
+                    cache=self.cache, isa=self.isa, limits=limits, progress=progress,
+                )[0]  # fmt: skip
         came = self.came
         if self.source.format != "onnx" and came and path_between(came.format, "onnx") is not None:
             return convert(came, "onnx", cache=self.cache, limits=limits, progress=progress)

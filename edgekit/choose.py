@@ -10,8 +10,10 @@ from typing import Any, Literal
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import median_interval, ratio_interval
 
-__all__ = ["Allowed", "Choice", "Entrant", "over_budget", "rank", "samples_to_tell"]
+__all__ = ["Allowed", "Choice", "Entrant", "exceeds", "over_budget", "rank", "samples_to_tell"]
 
+#: what the difference of two metrics may be off by
+_ROUNDING = 1e-9
 #: medians further apart than this never count as equal, however wide the interval
 _LEVEL = 1.05
 
@@ -44,18 +46,24 @@ class Allowed:
     slice_drop: float | None = None
 
 
+def exceeds(drop: float, allowed: float) -> bool:
+    """Whether a loss is more than allowed, or NaN: 3 of 300 lost are 0.01, whatever the difference
+    of two floating-point numbers makes of it."""
+    return not drop <= allowed + _ROUNDING
+
+
 def over_budget(evaluation: Mapping[str, Any], allowed: Allowed) -> str | None:
     """Why a candidate's accuracy rules it out, or None; `evaluation` is what `evaluate` found."""
     broken, samples = evaluation["broken"], evaluation["samples"]
     drop = evaluation.get("drop", 0.0)
     if broken:
         return f"NaN or Inf in the outputs of {broken} of {samples} samples"
-    if not drop <= allowed.drop:
+    if exceeds(drop, allowed.drop):
         return f"loses {_lost(drop)}, more than the {allowed.drop:g} allowed"
     if allowed.slice_drop is not None:
         slices = [one for one in evaluation.get("slices", ()) if one["drop"] is not None]
         worst = max(slices, key=lambda one: float(one["drop"]), default=None)
-        if worst is not None and not worst["drop"] <= allowed.slice_drop:
+        if worst is not None and exceeds(worst["drop"], allowed.slice_drop):
             return (
                 f"slice {worst['name']} ({worst['samples']} samples) loses "
                 f"{_lost(worst['drop'])}, more than the {allowed.slice_drop:g} allowed for a slice"

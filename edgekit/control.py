@@ -24,6 +24,7 @@ from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.compress.sensitivity import Ranking, aligned, sensitivities
 from edgekit.device import Quantization
 from edgekit.errors import EdgeKitError, UsageError
+from edgekit.experience import Experience
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.plan import Candidate
 
@@ -37,15 +38,10 @@ _NOISE_LEFT = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _MOST_FLOAT = 0.7
 #: what may cure a format's int8-static without costing speed, most promising first
 _OPTIONS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "onnx": (
-        {"recovery": ("bias-correction",)},
-        {"recovery": ("learned-rounding", "bias-correction")},
-        {"tool": "nncf", "transformer": True},
-    ),
+    "onnx": ({"recovery": ("learned-rounding", "bias-correction")},),
     "openvino": (
         {"transformer": True},
         {"recovery": ("learned-rounding",)},
-        {"recovery": ("bias-correction",)},
     ),
     "tflite": (
         {"ranges": "percentile"},
@@ -83,18 +79,21 @@ class Tried:
 
 class AccuracyControl:
     """Repairs candidates that lost too much. `limits` gives those of the next child, or raises
-    SearchEndedError; `known` are the ids of candidates that were tried before."""
+    SearchEndedError; `known` are the ids of candidates that were tried before; `experience`
+    says which options to try first."""
 
     def __init__(
         self, builder: Builder, rules: Quantization, allowed: Allowed,
         limits: Callable[[], sandbox.Limits], tell: Callable[[str], None],
+        *, experience: Experience | None = None,
     ) -> None:  # fmt: skip
         self.builder, self.rules, self.allowed = builder, rules, allowed
-        self.evaluations = self.screenings = 0
+        #: evaluations on all selection samples, and on some; samples that went through in them
+        self.spent = {"evaluations": 0, "screenings": 0, "samples": 0}
         self.known: set[str] = set()
-        self._limits, self._tell = limits, tell
+        self._limits, self._tell, self._experience = limits, tell, experience
         self._noise_left = _NOISE_LEFT[0]
-        self._ranked: dict[tuple[bool, str, bool, bool], Ranking | None] = {}
+        self._ranked: dict[tuple[Any, ...], Ranking | None] = {}
 
     # --- one family -----------------------------------------------------------------------------
 
@@ -102,7 +101,7 @@ class AccuracyControl:
         """Everything tried on a candidate that lost `drop`, in order; the last one within the
         budget, if there is any, has the most operators quantized."""
         best, least = candidate, drop
-        for option in self._options(candidate):
+        for option in self._promising(list(self._options(candidate))):
             tried = self._try(option)
             yield tried
             if tried.within:
@@ -125,10 +124,29 @@ class AccuracyControl:
             known = made == candidate.scheme or quantizer.missing()
             if known or broken_rule(made, self.rules, frozenset(["float32"])):
                 continue
-            name = f"{candidate.engine}-{made.id}"
+            name = f"{candidate.family}{made.id}"
             if name not in self.known:
                 self.known.add(name)
                 yield replace(candidate, id=name, scheme=made)
+
+    def _promising(self, options: list[Candidate]) -> list[Candidate]:
+        """What cured networks like this one comes first; else the order given."""
+        known = self._experience
+        if known is None:
+            return options
+        sure = [known.promise(one.engine, one.scheme.id, repair=True) for one in options]
+        order = sorted(range(len(options)), key=lambda i: -sure[i])
+        if order[:1] != [0] and order:
+            first = options[order[0]]
+            good, tried = known.tally(first.engine, first.scheme.id, repair=True)
+            self._tell(
+                f"{first.id}: tried first, it won back enough in {good} of {tried} runs on "
+                "networks like this"
+                if good
+                else f"{first.id}: tried first, what stands before it did not help in networks "
+                "like this"
+            )
+        return [options[i] for i in order]
 
     def keep_float(self, candidate: Candidate) -> Iterator[Tried]:
         """Everything tried by leaving more or fewer of the worst operators in float."""
@@ -186,7 +204,10 @@ class AccuracyControl:
         """The operators by the noise that they alone bring to the outputs; None where that cannot
         be found out."""
         scheme = candidate.scheme
-        key = (_stored_only(scheme), scheme.operators, scheme.reduce_range, candidate.fixed_shapes)
+        key = (
+            _stored_only(scheme), scheme.operators, scheme.reduce_range, candidate.fixed_shapes,
+            candidate.pruning,
+        )  # fmt: skip
         if key not in self._ranked:
             try:
                 self._ranked[key] = self._rank(candidate)
@@ -234,7 +255,7 @@ class AccuracyControl:
             if len(few) < len(samples):
                 found = self._evaluate(candidate, artifact, few)
                 span = found.get("drop_interval")
-                self.screenings += 1
+                self.spent["screenings"] += 1
                 if span and span[0] > self.allowed.drop:
                     return self._told(Tried(
                         candidate, artifact, found, screened=True, within=False,
@@ -249,7 +270,7 @@ class AccuracyControl:
             return self._told(
                 Tried(candidate, None, {}, screened=False, within=False, reason=str(error))
             )
-        self.evaluations += 1
+        self.spent["evaluations"] += 1
         reason = over_budget(found, self.allowed)
         return self._told(
             Tried(candidate, artifact, found, screened=False, within=not reason,
@@ -260,6 +281,7 @@ class AccuracyControl:
         self, candidate: Candidate, artifact: Artifact, samples: NDArray[np.int64]
     ) -> dict[str, Any]:
         builder = self.builder
+        self.spent["samples"] += len(samples)
         builder.evaluate(builder.reference, builder.source, samples, self._limits(), _silent)
         return builder.evaluate(candidate, artifact, samples, self._limits(), _silent)
 

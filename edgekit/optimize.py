@@ -24,7 +24,7 @@ from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
 from edgekit.cache import Cache, write_atomically
 from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
-from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
+from edgekit.control import AccuracyControl, SearchEndedError
 from edgekit.device import Roofline
 from edgekit.errors import (
     EdgeKitError,
@@ -33,24 +33,24 @@ from edgekit.errors import (
     OutOfSpaceError,
 )
 from edgekit.evaluate import metric_named
-from edgekit.fit import judge
-from edgekit.graph import read_graph, with_batch_one
+from edgekit.experience import Experience, Outcome, operator_counts
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
 from edgekit.observer import Diary, Observer
-from edgekit.outcome import SCHEMA, Row, data_facts, describe, model_facts
-from edgekit.precision import broken_promise
+from edgekit.outcome import Row, result_document
+from edgekit.plan import Candidate
 from edgekit.preparation import Request, prepare
+from edgekit.repairs import Repairs, forbidden
 from edgekit_runtime import __version__
 
 __all__ = ["Request", "optimize"]
 
 #: shares of `--budget` by which building, repairing, then measuring must be over
 _BUILD_SHARE, _REPAIR_SHARE, _MEASURE_SHARE = 0.4, 0.65, 0.85
+#: of the time so far, what repairing again may take
+_SECOND_SHARE = 0.25
 _MEASURE_SAMPLES = 32
-#: what is not faster than this share of the best with all operators quantized is not repaired
-_WORTH_REPAIRING = 0.97
 
 
 def optimize(
@@ -80,10 +80,12 @@ class _Run:
         self.incomplete: list[str] = []
         self.roofline: Roofline | None = None
         self.saved = False
-        self.search: dict[str, int] = {"evaluations": 0, "screenings": 0}
+        self.search = {"evaluations": 0, "screenings": 0, "samples": 0}
 
     def go(self) -> dict[str, Any]:
-        self.job = prepare(self.request, self.diary, self.cache)
+        self.job = job = prepare(self.request, self.diary, self.cache)
+        operators = operator_counts(job.fit.graph) if job.fit else {}
+        self.experience = Experience(self.cache.root, operators, job.conditions["isa"])
         rows = [Row(c) for c in self.job.plan]
         for row in rows:
             if row.candidate.skip:
@@ -116,6 +118,8 @@ class _Run:
             self._save_best([reference])
         deadline = self._deadline(_BUILD_SHARE)
         todo = [row for row in rows[1:] if row.status == "planned"]
+        if deadline is not None:  # what did well on networks like this comes before time is up
+            todo.sort(key=lambda row: -self._promise(row.candidate))
         # Builds and evaluations are not timed, so they may share the machine.
         with ThreadPoolExecutor(max_workers=_jobs()) as pool:
             for future in [pool.submit(self._build, row, deadline) for row in todo]:
@@ -124,6 +128,9 @@ class _Run:
             self.incomplete.append("stopped by the user")
         elif any(row.status == "skipped" and row.reason == _SPENT for row in rows):
             self.incomplete.append("the budget was spent before everything was tried")
+
+    def _promise(self, candidate: Candidate) -> float:
+        return self.experience.promise(candidate.engine, candidate.scheme.id)
 
     def _doubt(self, reference: Row) -> None:
         """Say so when the model as it came does not know the answers: then nothing can be lost."""
@@ -153,7 +160,7 @@ class _Run:
         try:
             row.artifact = self.job.builder.artifact(candidate, limits, progress)
             row.build_s = time.monotonic() - start
-            broken = self._broken_promise(row)
+            broken = forbidden(self.job, candidate, row.artifact)
             if broken:
                 return row.end("dropped", broken)
             row.evaluation = self.job.builder.evaluate(
@@ -181,34 +188,22 @@ class _Run:
         )
         return None
 
-    def _broken_promise(self, row: Row) -> str | None:
-        """What was made and the device's profile forbids, asked for or not: the quantizer's and
-        converter's work is read back and judged like a model that comes from outside."""
-        candidate, artifact = row.candidate, row.artifact
-        if candidate.reference_only or artifact is None or self.job.fit is None:
-            return None
-        if artifact.format == "ncnn":  # its operators are pnnx's choice, and not read here
-            return None
-        profile = self.job.profile
-        graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
-        fit = judge(graph, profile)
-        broken = broken_promise(graph, profile.quantization)
-        for _, words in fit.too_big(fit.needs[0]):
-            broken = broken or words
-        for place in fit.places:
-            if place.id == candidate.engine and place.kind == "cpu":
-                for reason in fit.reasons(place, "no"):
-                    broken = broken or f"{place.id}: {reason}"
-        return f"made, but not for {profile.id}: {broken}" if broken else None
-
     # --- repair ---------------------------------------------------------------------------------
 
     def _repair_all(self, rows: list[Row]) -> None:
-        """Win back what lost too much, where it could win then; a row for all that is tried."""
-        lost = [row for row in rows if row.lost and row.candidate.scheme.kind in REPAIRED]
-        if not lost or self.cancel.is_set():
+        if self.cancel.is_set() or not any(row.lost for row in rows):
             return
-        deadline = self._deadline(_REPAIR_SHARE)
+        lost = [row for row in rows if row.lost]
+        if not self._search(rows, lost, self.allowed, self._deadline(_REPAIR_SHARE)):
+            self.incomplete.append("the budget was spent before all that lost was repaired")
+        if self.cancel.is_set() and not self.incomplete:
+            self.incomplete.append("stopped by the user")
+
+    def _search(
+        self, rows: list[Row], lost: list[Row], allowed: Allowed, deadline: float | None
+    ) -> bool:  # fmt: skip
+        """Repair what lost too much; False where the time was not enough for all of it."""
+        whole = True
 
         def limits() -> sandbox.Limits:
             left = 900.0 if deadline is None else deadline - time.monotonic()
@@ -216,54 +211,27 @@ class _Run:
                 raise SearchEndedError
             return sandbox.Limits(timeout_s=min(900.0, left), cancel=self.cancel)
 
+        def look(row: Row) -> None:
+            self._quick_look([rows[0], row])
+            self._save_best(rows)
+
         job = self.job
         control = AccuracyControl(
-            job.builder, job.profile.quantization, self.allowed, limits,
-            lambda text: self.observer.row("repair", text),
+            job.builder, job.profile.quantization, allowed, limits,
+            lambda text: self.observer.row("repair", text), experience=self.experience,
         )  # fmt: skip
-        control.known = {row.candidate.id for row in rows}
         try:
             self._quick_look(rows)
             self._save_best(rows)
-            for row in sorted(lost, key=self._cost):
-                able = [r for r in rows if r.status == "planned"]
-                best = min(able, key=self._cost)
-                if self._cost(row) >= _WORTH_REPAIRING * self._cost(best):
-                    row.reason += f"; not repaired: even so it would not beat {best.candidate.id}"
-                    self.observer.row(row.candidate.id, row.reason)
-                    continue
-                self._repair(row, rows, control)
+            Repairs(job, control, self.observer, self._cost, look).run(rows, lost)
         except SearchEndedError:
-            if not self.cancel.is_set():
-                self.incomplete.append("the budget was spent before all that lost was repaired")
+            whole = self.cancel.is_set()
         except EdgeKitError:
             if not self.cancel.is_set():
                 raise
-        if self.cancel.is_set() and not self.incomplete:
-            self.incomplete.append("stopped by the user")
-        self.search = {"evaluations": control.evaluations, "screenings": control.screenings}
-
-    def _repair(self, row: Row, rows: list[Row], control: AccuracyControl) -> None:
-        row.blame = blame(control.sensitivity(row.candidate))
-        if row.blame:
-            names = ", ".join(one["outputs"][-1] for one in row.blame)
-            row.reason += f"; most of the noise comes from {names}"
-            self.observer.row(row.candidate.id, row.reason)
-        found: Row | None = None
-        for tried in control.repair(row.candidate, row.evaluation["drop"]):
-            one = Row(
-                tried.candidate, artifact=tried.artifact, evaluation=dict(tried.evaluation),
-                repairs=row.candidate.id,
-            )  # fmt: skip
-            rows.append(one)
-            broken = self._broken_promise(one)
-            if broken or not tried.within:
-                one.end("dropped" if tried.evaluation else "failed", broken or tried.reason)
-            else:
-                found = one
-        if found is not None:
-            self._quick_look([rows[0], found])
-            self._save_best(rows)
+        for name, count in control.spent.items():
+            self.search[name] += count
+        return whole
 
     def _quick_look(self, rows: list[Row]) -> None:
         """About how long each takes, to know what is worth repairing; measured again later."""
@@ -285,7 +253,8 @@ class _Run:
             found = taken.get(row.candidate.id)
             if found is not None and found.rounds_ns and base:
                 row.quick = float(np.median(found.medians_ns) / np.median(base))
-                row.measurement = found
+                if not row.measurement or len(row.measurement.rounds_ns) <= len(found.rounds_ns):
+                    row.measurement = found
 
     def _save_best(self, rows: list[Row]) -> None:
         """Write the best so far: whatever ends this run, a bundle within the budget is there."""
@@ -355,7 +324,7 @@ class _Run:
             )  # fmt: skip
         for row in rows:
             latency = row.measurement.latency() if row.measurement else None
-            if self.roofline is not None and latency:
+            if self.roofline is not None and latency and not row.candidate.pruning:
                 row.roof_share = share_of_roof(
                     job.fit.graph, self.roofline, engine=row.candidate.engine,
                     scheme_kind=row.candidate.scheme.kind, threads=job.threads,
@@ -377,7 +346,9 @@ class _Run:
 
     # --- choose and confirm ---------------------------------------------------------------------
 
-    def _choose(self, rows: list[Row]) -> tuple[Row | None, dict[str, Any] | None]:
+    def _choose(
+        self, rows: list[Row], tries: int = 0
+    ) -> tuple[Row | None, dict[str, Any] | None]:  # fmt: skip
         """The chosen row, and what the untouched samples said; no row if nothing is left
         that the device can run."""
         by_id = {row.candidate.id: row for row in rows}
@@ -393,9 +364,9 @@ class _Run:
         for key, reason in choice.dropped.items():
             by_id[key].end("dropped", reason)
         chosen: Row | None = rows[0] if eligible else None
-        confirmation = None
-        for tries, key in enumerate(choice.order, start=1):
-            chosen = by_id[key]
+        confirmation, failed, first_try = None, [], tries == 0
+        for key in choice.order:
+            chosen, tries = by_id[key], tries + 1
             if self.incomplete and "user" in self.incomplete[0]:
                 break  # not confirmed, and said so
             confirmation = self._confirm(chosen, tries)
@@ -404,10 +375,14 @@ class _Run:
             chosen.end("dropped", f"on the untouched samples: {confirmation['reason']}")
             self.diary.note(f"{key} was within the budget on the selection samples but not when "
                        "confirmed; the next best was taken")  # fmt: skip
+            failed.append(chosen)
             chosen = rows[0] if eligible else None
+        if first_try and failed and self._second_chance(failed, rows):
+            return self._choose(rows, tries)
         for row in rows:
             if row is chosen:
-                row.end("chosen", choice.why if row.candidate.id == choice.order[0] else "")
+                first = row.candidate.id == choice.order[0]
+                row.end("chosen", choice.why if first else _why_next(row, rows[0]))
             elif row.candidate.reference_only and row.status == "planned":
                 row.end("kept", f"only compared with: {row.candidate.ruling or _NEEDS_FIXED}")
             elif row.status == "planned":
@@ -421,6 +396,25 @@ class _Run:
                 f"{budget}: no bundle was made"
             )
         return chosen, confirmation
+
+    def _second_chance(self, failed: list[Row], rows: list[Row]) -> bool:
+        """Repair what was good on the samples that select and not on the others, to half the loss
+        allowed; whether there is something new to choose from."""
+        if self.cancel.is_set() or self.incomplete:
+            return False
+        before = len(rows)
+        allowed = replace(self.allowed, drop=self.allowed.drop / 2)
+        self.diary.note(
+            f"what lost too much when it was confirmed is repaired to {allowed.drop:g}, half of "
+            "what is allowed"
+        )
+        now = time.monotonic()
+        ends = [now + _SECOND_SHARE * (now - self.started), self._deadline(_MEASURE_SHARE)]
+        self._search(rows, failed, allowed, min(end for end in ends if end is not None))
+        if not any(row.status == "planned" for row in rows[before:]):
+            return False
+        self._measure_all(rows)
+        return True
 
     def _confirm(self, row: Row, tries: int) -> dict[str, Any] | None:
         """The candidate and the reference once on samples nothing was decided on."""
@@ -465,7 +459,18 @@ class _Run:
     ) -> dict[str, Any]:
         request = self.request
         report = request.out / "report.html"
-        document = self._document(rows, chosen, confirmation)
+        document = {
+            **result_document(self.job, request, rows, chosen),
+            "why": chosen.reason if chosen else self.diary.notes[-1],
+            "confirmation": confirmation,
+            "bundle": str(request.out / "model.edgekit") if chosen else None,
+            "report": str(report),
+            "incomplete": bool(self.incomplete),
+            "notes": [*self.diary.notes, *self.incomplete],
+            "search": self.search,
+            "roofline": self.roofline.model_dump() if self.roofline else None,
+        }
+        self._remember(rows)
         if chosen is not None:
             self._write_bundle(chosen, self.incomplete)
         elif self.saved:
@@ -480,6 +485,21 @@ class _Run:
         with suppress(OSError):
             self.cache.trim()
         return document
+
+    def _remember(self, rows: list[Row]) -> None:
+        """What came of it, for runs on networks like this."""
+        if self.incomplete:
+            return
+        self.experience.add(
+            Outcome(
+                row.candidate.engine, row.candidate.scheme.id,
+                good=over_budget(row.evaluation, self.allowed) is None
+                and (bool(row.repairs) or row.gains(rows[0], self.request.minimize)),
+                repair=bool(row.repairs),
+            )
+            for row in rows[1:]
+            if row.evaluation and not (row.candidate.scheme.keep or row.candidate.pruning)
+        )  # fmt: skip
 
     def _write_bundle(self, chosen: Row, incomplete: list[str]) -> None:
         assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
@@ -528,46 +548,21 @@ class _Run:
             for s in self.job.source.inputs
         )  # fmt: skip
 
-    def _document(
-        self, rows: list[Row], chosen: Row | None, confirmation: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        request = self.request
-        described = [describe(row, rows[0]) for row in rows]
-        return {
-            "schema": SCHEMA,
-            "model": model_facts(str(request.model), self.job.source),
-            "profile": {"id": self.job.profile.id, "name": self.job.profile.name},
-            "target": request.target,
-            "metric": self.job.metric,
-            "higher_is_better": metric_named(self.job.metric).higher_is_better,
-            "max_drop": request.max_drop,
-            "max_slice_drop": request.max_slice_drop,
-            "minimize": request.minimize,
-            "threads": self.job.threads,
-            "seed": request.seed,
-            "budget_s": request.budget_s,
-            "data": data_facts(self.job.data, self.job.split, self.job.pipeline),
-            "reference": described[0],
-            "candidates": described,
-            "chosen": chosen.candidate.id if chosen else None,
-            "why": chosen.reason if chosen else self.diary.notes[-1],
-            "confirmation": confirmation,
-            "bundle": str(request.out / "model.edgekit") if chosen else None,
-            "report": str(request.out / "report.html"),
-            "incomplete": bool(self.incomplete),
-            "notes": [*self.diary.notes, *self.incomplete],
-            "command": request.command,
-            "edgekit": __version__,
-            "conditions": self.job.conditions,
-            "search": self.search,
-            "roofline": self.roofline.model_dump() if self.roofline else None,
-        }
-
     # --- small things ---------------------------------------------------------------------------
 
     def _deadline(self, share: float) -> float | None:
         budget = self.request.budget_s
         return None if budget is None else self.started + share * budget
+
+
+def _why_next(row: Row, reference: Row) -> str:
+    ratio = row.ratio_to(reference)
+    if row is reference or ratio is None:
+        return "what was better on the selection samples lost too much when it was confirmed"
+    return (
+        f"{ratio[0]:.2f}x the latency of fp32; the best of those that did not lose too much when "
+        "they were confirmed"
+    )
 
 
 def _why_kept(row: Row, chosen: Row, reference: Row) -> str:

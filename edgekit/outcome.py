@@ -7,15 +7,18 @@ from math import isfinite
 from typing import Any
 
 from edgekit.artifact import Artifact
+from edgekit.choose import Aim
 from edgekit.data import Dataset, Split
+from edgekit.evaluate import metric_named
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import ratio_interval
 from edgekit.pipeline import Pipeline
 from edgekit.plan import Candidate
-from edgekit.preparation import Job
+from edgekit.preparation import Job, Request
+from edgekit_runtime import __version__
 from edgekit_runtime.preprocess import Preprocess
 
-__all__ = ["SCHEMA", "Row", "data_facts", "describe", "model_facts", "plan_document"]
+__all__ = ["SCHEMA", "Row", "plan_document", "result_document"]
 
 SCHEMA = "edgekit.optimize/1"
 
@@ -53,8 +56,18 @@ class Row:
         found = ratio_interval(self.measurement.medians_ns, other.measurement.medians_ns)
         return [value if isfinite(value) else None for value in found]
 
+    def gains(self, reference: Row, aim: Aim) -> bool:
+        """Whether it is smaller than the reference, or faster beyond doubt: whichever is wanted."""
+        if aim == "size":
+            return bool(
+                self.artifact and reference.artifact
+                and self.artifact.size_bytes < reference.artifact.size_bytes
+            )  # fmt: skip
+        ratio = self.ratio_to(reference)
+        return ratio is not None and ratio[2] is not None and ratio[2] < 1
 
-def describe(row: Row, reference: Row) -> dict[str, Any]:
+
+def _describe(row: Row, reference: Row) -> dict[str, Any]:
     """A candidate's entry in the document."""
     candidate, measured = row.candidate, row.measurement
     return {
@@ -83,6 +96,34 @@ def describe(row: Row, reference: Row) -> dict[str, Any]:
     }
 
 
+def result_document(
+    job: Job, request: Request, rows: list[Row], chosen: Row | None
+) -> dict[str, Any]:
+    """What was asked for and what became of every candidate; the run adds how it ended."""
+    described = [_describe(row, rows[0]) for row in rows]
+    return {
+        "schema": SCHEMA,
+        "model": _model_facts(str(request.model), job.source),
+        "profile": {"id": job.profile.id, "name": job.profile.name},
+        "target": request.target,
+        "metric": job.metric,
+        "higher_is_better": metric_named(job.metric).higher_is_better,
+        "max_drop": request.max_drop,
+        "max_slice_drop": request.max_slice_drop,
+        "minimize": request.minimize,
+        "threads": job.threads,
+        "seed": request.seed,
+        "budget_s": request.budget_s,
+        "data": _data_facts(job.data, job.split, job.pipeline),
+        "reference": described[0],
+        "candidates": described,
+        "chosen": chosen.candidate.id if chosen else None,
+        "command": request.command,
+        "edgekit": __version__,
+        "conditions": job.conditions,
+    }
+
+
 def plan_document(job: Job, notes: list[str]) -> dict[str, Any]:
     """What would be tried, and what the profile rules out (`edgekit.plan/1`)."""
     return {
@@ -102,6 +143,7 @@ def _planned(candidate: Candidate) -> dict[str, Any]:
         "engine": candidate.engine,
         "format": candidate.format,
         "scheme": str(candidate.scheme),
+        "pruning": candidate.pruning.id if candidate.pruning else None,
         "fixed_shapes": candidate.fixed_shapes,
         "reference_only": candidate.reference_only,
         "skip": candidate.skip,
@@ -111,7 +153,7 @@ def _planned(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def model_facts(path: str, source: Artifact) -> dict[str, Any]:
+def _model_facts(path: str, source: Artifact) -> dict[str, Any]:
     """The model as it came."""
     return {
         "path": path,
@@ -123,7 +165,7 @@ def model_facts(path: str, source: Artifact) -> dict[str, Any]:
     }
 
 
-def data_facts(data: Dataset, split: Split, pipeline: Pipeline) -> dict[str, Any]:
+def _data_facts(data: Dataset, split: Split, pipeline: Pipeline) -> dict[str, Any]:
     """The data, what was made of raw samples, and how it was parted."""
     steps = {n: str(Preprocess(one.source, one.steps)) for n, one in pipeline.preprocess.items()}
     return {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edgekit.artifact import FORMAT_NAMES
+from edgekit.compress.prune import Pruning
 from edgekit.compress.quantizers import candidate_schemes, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.convert import install_line, missing_extra, path_between
@@ -15,10 +16,14 @@ from edgekit.fit import Fit
 from edgekit.precision import broken_promise
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
-__all__ = ["Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling"]
+__all__ = [
+    "Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling", "with_pruned",
+]  # fmt: skip
 
 #: kinds of schemes in the order they are tried
 _ORDER = ("fp32", "int8-static", "int8-dynamic", "int8-weights", "bf16", "fp16")
+#: those that are also tried on a pruned model
+_PRUNED = ("fp32", "int8-static")
 #: schemes that the model as it came is run under
 _NOT_MADE = ("fp32", "bf16")
 #: processors that multiply bfloat16, in Linux's words
@@ -43,8 +48,9 @@ class Candidate:
     """One thing to build, evaluate and measure. `skip` says why it will not be, if so, and
     `ruling` which rule of the profile says so.
 
-    `fixed_shapes`: built with every free dimension set to what the data has. `reference_only`:
-    what the others are compared with, but nothing that may be chosen for this device.
+    `fixed_shapes`: built with every free dimension set to what the data has. `pruning`: what goes
+    before anything else is done to it. `reference_only`: what the others are compared with, but
+    nothing that may be chosen for this device.
     """
 
     id: str
@@ -56,6 +62,12 @@ class Candidate:
     ruling: Ruling | None = None
     fixed_shapes: bool = False
     reference_only: bool = False
+    pruning: Pruning | None = None
+
+    @property
+    def family(self) -> str:
+        """What the names of its repairs begin with."""
+        return f"{self.engine}-{self.pruning.id}+" if self.pruning else f"{self.engine}-"
 
     @property
     def precision(self) -> str:
@@ -118,6 +130,29 @@ def make_plan(
     elif first.ruling:
         found[0] = replace(first, skip=fault, reference_only=True)
     return tuple(found)
+
+
+def with_pruned(
+    plan: tuple[Candidate, ...], prunings: Sequence[Pruning], source_format: str
+) -> tuple[Candidate, ...]:  # fmt: skip
+    """The plan, and behind it the float and int8-static candidates that may be built, each made of
+    a pruned model (`litert-channels-30%+int8-static`). Pruning works on ONNX."""
+    found = []
+    for pruning in prunings:
+        for one in plan:
+            if one.skip or one.reference_only or one.scheme.kind not in _PRUNED:
+                continue
+            made = replace(one, pruning=pruning)
+            name = f"{one.engine}-{pruning.id}"
+            plain = one.scheme.kind == "fp32"
+            made = replace(made, id=name if plain else f"{name}+{one.scheme.id}")
+            if path_between(source_format, "onnx") is None and source_format != "onnx":
+                made = replace(made, skip="pruning works on ONNX, and there is no way to it")
+            elif not plain and quantizer_for(one.scheme, one.format, source="").takes != one.format:
+                continue  # it quantizes the model as it came
+            if path_between("onnx", one.format) is not None:
+                found.append(made)
+    return (*plan, *found)
 
 
 def engine_rulings(fit: Fit) -> dict[str, Ruling]:

@@ -14,6 +14,7 @@ from edgekit.builder import Builder
 from edgekit.cache import Cache, check_space
 from edgekit.choose import Aim
 from edgekit.compress.fix_shapes import has_free_dimensions
+from edgekit.compress.prune import Pruning
 from edgekit.conversion import Given, convert_with_proof
 from edgekit.data import Dataset, Split, open_dataset, split_samples
 from edgekit.device import DeviceProfile
@@ -31,7 +32,7 @@ from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
 from edgekit.observer import Diary, Observer
 from edgekit.pipeline import Pipeline, read_pipeline
-from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling
+from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling, with_pruned
 from edgekit.precision import quantized_already
 from edgekit.profiles import load_profile
 from edgekit.reading import Reading
@@ -45,7 +46,8 @@ _LEAST_FREE_BYTES = 16 << 20
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock;
-    `dry_run`: only the plan is wanted, so nothing needs to be written."""
+    `prune`: shares of the MACs that candidates are tried without; `dry_run`: only the plan is
+    wanted, so nothing needs to be written."""
 
     model: Path
     profile: str
@@ -64,6 +66,7 @@ class Request:
     command: str = ""
     preprocess: Path | None = None
     dry_run: bool = False
+    prune: tuple[float, ...] = ()
     reading: Reading = field(default_factory=Reading)
 
 
@@ -149,6 +152,8 @@ class _Preparation:
             data.array(request.slice_by)
         self._tell_about(data, split)
         plan = self._plan(came, source, profile, fit, threads)
+        if request.prune:
+            plan = with_pruned(plan, self._prunings(profile), source.format)
         found = conditions()
         if found["arch"] != profile.arch:
             self.diary.note(
@@ -263,6 +268,14 @@ class _Preparation:
             rules = "; ".join(dict.fromkeys(map(str, rulings)))
             raise LimitError(f"nothing may run on {profile.id}: {rules}")
         return plan
+
+    def _prunings(self, profile: DeviceProfile) -> list[Pruning]:
+        bits = profile.cpu.simd_bits if profile.cpu else None
+        multiple = max(1, (bits or 0) // 32)
+        return [
+            Pruning("channels", amount, multiple=multiple)
+            for amount in dict.fromkeys(self.request.prune)
+        ]
 
     def _tell_about(self, data: Dataset, split: Split) -> None:
         request = self.request

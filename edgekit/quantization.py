@@ -15,7 +15,7 @@ from edgekit import sandbox
 from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache
-from edgekit.choose import Allowed
+from edgekit.choose import Allowed, exceeds
 from edgekit.compress.account import OperatorAccount, account_of, noise_of
 from edgekit.compress.calibration import calibration_request
 from edgekit.compress.fix_shapes import fix_shapes, has_free_dimensions
@@ -72,7 +72,8 @@ class QuantizeRequest:
 @dataclass(frozen=True)
 class Quantized:
     """The result. `before` is the float model in the same format; `evaluation` what both reach on
-    samples that calibration has not seen; `reason` why it is not good enough, "" if it is."""
+    samples that calibration has not seen; `reason` why it is not good enough, "" if it is;
+    `search` what accuracy control spent."""
 
     artifact: Artifact
     before: Artifact
@@ -82,6 +83,7 @@ class Quantized:
     evaluation: dict[str, Any]
     notes: tuple[str, ...]
     reason: str
+    search: dict[str, int]
 
     @property
     def size_ratio(self) -> float:
@@ -126,6 +128,7 @@ class _Job:
         here = Quantization(reduce_range=this_machine().quantization.reduce_range)
         self.rules = self.profile.quantization if self.profile else here
         self.sensitive: dict[str, str] = {}
+        self.search: dict[str, int] = {}
 
     def go(self) -> Quantized:
         request = self.request
@@ -156,8 +159,8 @@ class _Job:
             samples = np.sort(np.concatenate([split.selection, split.confirmation]))
             evaluation, reason = self._evaluate(before, made, data, split, samples)
         if self._may_repair(quantizer, scheme, evaluation):
-            with self.diary.phase("leave the worst operators in float"):
-                found = self._repaired(before, data, split, scheme)
+            with self.diary.phase("repair what lost too much"):
+                found = self._repaired(before, data, split, scheme, evaluation["drop"])
             if found is not None and found.artifact is not None:
                 made, scheme = found.artifact, found.candidate.scheme
                 self._keep_promises(made)
@@ -177,7 +180,7 @@ class _Job:
                 self.diary.note(note)
         return Quantized(
             made, before, scheme, quantizer.tool, tuple(operators), evaluation,
-            tuple(self.diary.notes), reason,
+            tuple(self.diary.notes), reason, self.search,
         )  # fmt: skip
 
     # --- before anything is built ---------------------------------------------------------------
@@ -382,7 +385,7 @@ class _Job:
         broken = found["broken"]
         if broken:
             return found, f"NaN or Inf in the outputs of {broken} of {found['samples']} samples"
-        if request.max_drop is not None and not found["drop"] <= request.max_drop:
+        if request.max_drop is not None and exceeds(found["drop"], request.max_drop):
             return found, f"it loses {found['drop']:.4f} {metric}, {request.max_drop:g} is allowed"
         return found, ""
 
@@ -390,16 +393,17 @@ class _Job:
         allowed = self.request.max_drop
         return (
             allowed is not None
-            and not evaluation["drop"] <= allowed
+            and exceeds(evaluation["drop"], allowed)
             and scheme.kind in REPAIRED
             and "keep" in quantizer.kinds[scheme.kind]
         )
 
     def _repaired(
-        self, before: Artifact, data: Dataset, split: Split, scheme: Scheme
-    ) -> Tried | None:
-        """The model with as few operators in float as keep it within --max-drop on one half of the
-        samples; the other half confirms it."""
+        self, before: Artifact, data: Dataset, split: Split, scheme: Scheme, drop: float
+    ) -> Tried | None:  # fmt: skip
+        """The model with other options of the quantizer, unless some were asked for, or with as few
+        operators in float as keep it within --max-drop on one half of the samples; the other half
+        confirms it."""
         limits = self.request.limits or sandbox.Limits(timeout_s=900.0)
         builder = self._builder(before, data, split)
         control = AccuracyControl(
@@ -409,6 +413,7 @@ class _Job:
             lambda: limits,
             self.diary.note,
         )
+        self.search = control.spent
         candidate = replace(builder.reference, id=scheme.id, scheme=scheme)
         ranking = control.sensitivity(candidate)
         guilty = blame(ranking)
@@ -418,7 +423,9 @@ class _Job:
                     f"quantized alone, it leaves {one['sqnr_db']:.0f} dB of the outputs"
                 )
         found = None
-        for tried in control.keep_float(candidate):
+        plain = self.request.scheme == Scheme(self.request.scheme.kind)
+        tries = control.repair(candidate, drop) if plain else control.keep_float(candidate)
+        for tried in tries:
             found = tried if tried.within else found
         if found is None and guilty:
             names = ", ".join(one["outputs"][-1] for one in guilty)

@@ -63,6 +63,11 @@ app.command(
     help="Quantize a model under one scheme, and account for every operator.",
 )
 app.command(
+    "edgekit.cli.prune:prune",
+    name="prune",
+    help="Make a model smaller after training, from samples without labels.",
+)
+app.command(
     "edgekit.cli.eval:eval_",
     name="eval",
     help="Judge a model on samples: metrics with intervals, and which classes it confuses.",
@@ -79,6 +84,17 @@ app.command(
 )
 app.command(
     "edgekit.cli.devices:app", name="devices", help="List, show, check and probe device profiles."
+)
+app.command(
+    "edgekit.cli.deploy:deploy",
+    name="deploy",
+    help="Install a bundle on a device, prove it there, and activate it in one step.",
+)
+app.command("edgekit.cli.deploy:status", name="status", help="Show what is installed on a device.")
+app.command("edgekit.cli.deploy:rollback", name="rollback", help="Go back to the version before.")
+app.command("edgekit.cli.deploy:gc", name="gc", help="Remove versions a device no longer needs.")
+app.command(
+    "edgekit.cli.lab:app", name="lab", help="Start and stop emulated boards on this machine."
 )
 app.command(
     "edgekit.cli.doctor:doctor",

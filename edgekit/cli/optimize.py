@@ -46,6 +46,7 @@ def optimize(
     slice_by: str | None = None,
     max_slice_drop: float | None = None,
     minimize: Literal["latency", "size"] = "latency",
+    prune: list[float] | None = None,
     on: str = "local",
     budget: str | None = None,
     threads: int | None = None,
@@ -97,6 +98,9 @@ def optimize(
         Time for everything: 90s, 10m, 1h. The best found by then is returned.
     threads
         Threads for every engine; the profile's number otherwise.
+    prune
+        Also try the model, in float and int8, without that share of its MACs (0.3 say; may be given
+        more than once): channels go as edgekit prune takes them out.
     seed
         For the split of the data and the order of measuring.
     out
@@ -113,7 +117,7 @@ def optimize(
         Path(model), for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, slice_by=slice_by, max_slice_drop=max_slice_drop, minimize=minimize,
         target=on, budget_s=_seconds(budget),
-        threads=threads, seed=seed, dry_run=dry_run,
+        threads=threads, seed=seed, dry_run=dry_run, prune=tuple(prune or ()),
         reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip

@@ -147,6 +147,7 @@ def _document(model: str, made: Quantized) -> dict[str, Any]:
         "passed": not made.reason,
         "reason": made.reason,
         "notes": list(made.notes),
+        "search": made.search or None,
         "operators": [one.to_json() for one in made.operators],
         "provenance": list(made.artifact.provenance),
     }

@@ -49,8 +49,13 @@ class CalibrationSamples:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        for done, sample in enumerate(self.quietly()):
+            yield sample
+            report_progress(done + 1, len(self._indices))
+
+    def quietly(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """The same without reporting progress."""
         for done, index in enumerate(self._indices):
             yield self._data.sample(int(index), self._specs)
-            report_progress(done + 1, len(self._indices))
             if done % _HELD == _HELD - 1:
                 self._data.release()

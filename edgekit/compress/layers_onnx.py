@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.compress.prepare_onnx import float_session
 from edgekit.errors import require
 
 __all__ = ["Array", "Layer", "Tap", "find_layers", "number", "readers_of", "store_weights"]
@@ -53,20 +54,18 @@ class Layer:
 
     def patches(
         self, array: Array, weights: Mapping[str, Array], rng: np.random.Generator, most: int
-    ) -> Iterator[Array]:
-        """What each sum is over, float64 (positions, terms), group by group, of its input `array`;
-        at most so many positions, drawn."""
+    ) -> Array:
+        """What each sum is over, float32 (groups, positions, terms), of its input `array`; at most
+        so many positions, drawn."""
         if not self.is_conv:
             flat = array.reshape(-1, array.shape[-1])
-            yield flat[rng.permutation(len(flat))[:most]].astype(np.float64)
-            return
+            return flat[rng.permutation(len(flat))[:most]].astype(np.float32, copy=False)[None]
         windows = self._windows(array, weights[self.weight].shape[2:])
         places = windows.shape[: array.ndim - 1]
         count = int(np.prod(places))
         picked = np.unravel_index(rng.permutation(count)[:most], places)
-        taken = windows[picked].astype(np.float64)
-        for part in np.split(taken, self.group, axis=1):
-            yield part.reshape(len(part), -1)
+        taken: Array = windows[picked].astype(np.float32, copy=False)
+        return np.moveaxis(taken.reshape(len(taken), self.group, -1), 1, 0)
 
     def _windows(self, array: Array, kernel: Sequence[int]) -> Array:
         """(batch, *places, channels, *kernel)."""
@@ -182,20 +181,13 @@ class Tap:
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         onnx = require("onnx", extra="onnx")
-        runtime = require("onnxruntime", extra="onnx")
         tapped = onnx.ModelProto()
         tapped.CopyFrom(model)
         there = {one.name for one in (*tapped.graph.output, *tapped.graph.input)}
         tapped.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in there
         )
-        options = runtime.SessionOptions()
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        self._session = runtime.InferenceSession(
-            tapped.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = float_session(tapped.SerializeToString())
         given = {one.name for one in self._session.get_inputs()}
         self._names = [name for name in dict.fromkeys(names) if name not in given]
 

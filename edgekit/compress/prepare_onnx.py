@@ -11,7 +11,7 @@ from edgekit.errors import ModelError, UsageError, one_line, require
 from edgekit.graph import Graph, read_graph
 from edgekit.precision import quantized_already
 
-__all__ = ["MATRIX_OPERATORS", "Prepared", "prepare_onnx", "save_onnx"]
+__all__ = ["MATRIX_OPERATORS", "Prepared", "float_session", "prepare_onnx", "save_onnx"]
 
 #: what `COMPUTE_OPERATORS` of a scheme are in ONNX
 MATRIX_OPERATORS = ("Conv", "MatMul", "Gemm")
@@ -133,3 +133,15 @@ def _kept(model: Any, graph: Graph, keep: Sequence[str]) -> list[str]:
         if name in names:
             found.append(names[name])
     return found
+
+
+def float_session(model: str | bytes) -> Any:
+    """An ONNX Runtime session that computes a model operator by operator, nothing fused, on all
+    processors: for looking inside."""
+    runtime = require("onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    # Between two operators of a small net, threads that spin cost more than they save.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from edgekit.compress.calibration import CalibrationSamples
 from edgekit.compress.compact import compact_onnx
 from edgekit.compress.float_onnx import stay_float
-from edgekit.compress.prepare_onnx import MATRIX_OPERATORS, Prepared, prepare_onnx, save_onnx
+from edgekit.compress.prepare_onnx import (
+    MATRIX_OPERATORS,
+    Prepared,
+    float_session,
+    prepare_onnx,
+    save_onnx,
+)
 from edgekit.compress.ranges import RangeFinder
 from edgekit.compress.scheme import Scheme
 from edgekit.compress.weights_onnx import store_fp16, store_int4, store_int8, stored_weights
@@ -160,7 +166,6 @@ class _Inside:
 
     def __init__(self, model: Any, types: list[str] | None, folder: str) -> None:
         onnx = require("onnx", extra="onnx")
-        runtime = require("onnxruntime", extra="onnx")
         tapped = onnx.ModelProto()
         tapped.CopyFrom(model)
         graph = tapped.graph
@@ -174,11 +179,7 @@ class _Inside:
         )
         path = str(Path(folder) / "tapped.onnx")
         save_onnx(tapped, path)
-        options = runtime.SessionOptions()
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self._session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = float_session(path)
         self._names = [
             one.name
             for one in self._session.get_outputs()

@@ -27,6 +27,8 @@ __all__ = ["apply", "learn", "recover"]
 
 #: samples that rounding is learned from, positions of an image that are looked at in each
 _SAMPLES, _POSITIONS = 512, 128
+#: samples whose products are computed together
+_TOGETHER = 8
 #: terms of a sum that can be handled: the solver's time grows with their cube
 _MOST_TERMS = 4608
 #: sums of products that are held at once
@@ -158,7 +160,7 @@ def _round_all(  # noqa: PLR0917
     for some in _batches(todo, weights):
         sums = _hessians(model, some, weights, samples)
         for layer in some:
-            if all(np.isfinite(one).all() for one in sums[layer.weight]):
+            if np.isfinite(sums[layer.weight]).all():
                 _round(layer, weights, sums[layer.weight], _grid(layer, weights, scheme, halves))
                 rounded += 1
     if rounded < len(layers):
@@ -166,16 +168,12 @@ def _round_all(  # noqa: PLR0917
     return rounded
 
 
-def _round(layer: Layer, weights: dict[str, Array], hessians: list[Array], grid: Grid) -> None:
+def _round(layer: Layer, weights: dict[str, Array], hessians: Array, grid: Grid) -> None:
     rows = layer.rows(weights)
-    each = len(rows) // len(hessians)
-    parts = [slice(start, start + each) for start in range(0, len(rows), each)]
-    made = [
-        round_by_output(rows[part], hessian, grid.part(part, slice(None)))
-        for part, hessian in zip(parts, hessians, strict=True)
-    ]
+    groups = (layer.group, -1, rows.shape[1])
+    made = round_by_output(rows.reshape(groups), hessians, grid.shaped(groups))
     # The quantizer finds its grid again by the greatest weights, so these stay what they are.
-    layer.put(weights, np.where(grid.held, rows, np.concatenate(made)))
+    layer.put(weights, np.where(grid.held, rows, made.reshape(rows.shape)))
 
 
 def _batches(layers: list[Layer], weights: dict[str, Array]) -> Iterator[list[Layer]]:
@@ -195,20 +193,33 @@ def _batches(layers: list[Layer], weights: dict[str, Array]) -> Iterator[list[La
 
 def _hessians(
     model: Any, layers: Sequence[Layer], weights: dict[str, Array], samples: CalibrationSamples
-) -> dict[str, list[Array]]:
-    """The sums of x x^T for each layer, one per group, from the float model's activations."""
+) -> dict[str, Array]:
+    """The sums of x x^T for each layer, (groups, terms, terms), from the float model's
+    activations."""
     sums = {}
     for layer in layers:
         terms = layer.rows(weights).shape[1]
-        sums[layer.weight] = [np.zeros((terms, terms)) for _ in range(layer.group)]
+        sums[layer.weight] = np.zeros((layer.group, terms, terms))
     tap = Tap(model, [one.node.input[0] for one in layers])
     rng = np.random.default_rng(0)
-    for sample in islice(samples, _SAMPLES):
+    some: dict[str, list[Array]] = {name: [] for name in sums}
+
+    def add() -> None:
+        for name, parts in some.items():
+            x = np.concatenate(parts, axis=1)
+            # Of one group, numpy computes half of a product that is symmetric.
+            sums[name] += x[0].T @ x[0] if len(x) == 1 else np.swapaxes(x, 1, 2) @ x
+            parts.clear()
+
+    for number, sample in enumerate(islice(samples, _SAMPLES), start=1):
         found = tap.run(sample)
         for layer in layers:
-            patches = layer.patches(found[layer.node.input[0]], weights, rng, _POSITIONS)
-            for place, some in enumerate(patches):
-                sums[layer.weight][place] += some.T @ some
+            array = found[layer.node.input[0]]
+            some[layer.weight].append(layer.patches(array, weights, rng, _POSITIONS))
+        if number % _TOGETHER == 0:
+            add()
+    if any(some.values()):
+        add()
     return sums
 
 

@@ -6,6 +6,7 @@ Transformers", ICLR 2023, algorithm 1, on the grids of ONNX Runtime's quantizers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ _END = 1e-6
 
 @dataclass(frozen=True)
 class Grid:
-    """`(q - zero) * step` for integers q from `low` to `high`; all float64 (outputs, terms), views.
+    """`(q - zero) * step` for integers q from `low` to `high`; all float64 (..., outputs, terms),
+    views.
 
     held: weights that the range, and with it the step, comes from: they are rounded as they are.
     """
@@ -48,17 +50,18 @@ class Grid:
         return self._valued(values, column)
 
     def _valued(self, values: Array, of: int | slice) -> Array:
-        step, zero = self.step[:, of], self.zero[:, of]
-        integers = np.clip(np.rint(values / step) + zero, self.low[:, of], self.high[:, of])
+        step, zero = self.step[..., of], self.zero[..., of]
+        integers = np.clip(np.rint(values / step) + zero, self.low[..., of], self.high[..., of])
         made: Array = (integers - zero) * step
         return made
 
-    def part(self, rows: slice | NDArray[np.intp], columns: slice | NDArray[np.intp]) -> Grid:
-        """Of these rows and columns."""
-        return Grid(
-            self.step[rows][:, columns], self.zero[rows][:, columns], self.low[rows][:, columns],
-            self.high[rows][:, columns], self.held[rows][:, columns],
-        )  # fmt: skip
+    def shaped(self, shape: tuple[int, ...]) -> Grid:
+        """The same in another shape."""
+        return self._each(lambda one: one.reshape(shape))
+
+    def sorted(self, order: NDArray[np.intp]) -> Grid:
+        """With the terms in this order (..., terms)."""
+        return self._each(lambda one: _sorted(one, order))
 
     def flat(self, shape: tuple[int, int]) -> Grid:
         """Blocks one behind the other, what was filled up left out."""
@@ -66,7 +69,10 @@ class Grid:
         def rows(one: NDArray[Any]) -> NDArray[Any]:
             return np.ascontiguousarray(one).reshape(shape[0], -1)[:, : shape[1]]
 
-        return Grid(*map(rows, (self.step, self.zero, self.low, self.high, self.held)))
+        return self._each(rows)
+
+    def _each(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Grid:
+        return Grid(*map(change, (self.step, self.zero, self.low, self.high, self.held)))
 
 
 def grid_of(rows: Array, scheme: Scheme, *, blocks: bool = False, halves: bool = False) -> Grid:
@@ -138,34 +144,41 @@ def round_by_output(rows: Array, hessian: Array, grid: Grid) -> Array:
     """Weights on the grid: column by column, the greatest inputs first, what rounding one is off by
     is made up for in those to come. An output for which plain rounding is nearer keeps that.
 
-    rows: (outputs, terms). hessian: (terms, terms), the sum of x x^T over the inputs x.
+    rows: (..., outputs, terms). hessian: (..., terms, terms), the sum of x x^T over the inputs x;
+    leading axes (a convolution's groups) are rounded side by side.
     """
-    order = np.argsort(-np.diag(hessian), kind="stable")
-    back = np.argsort(order, kind="stable")
-    sorted_grid = grid.part(slice(None), order)
-    work, held = rows[:, order].copy(), sorted_grid.held
-    damped = hessian[np.ix_(order, order)]
-    diagonal = np.diag(damped).copy()
+    terms = rows.shape[-1]
+    order = np.argsort(-np.diagonal(hessian, axis1=-2, axis2=-1), kind="stable")
+    on, exact = grid.sorted(order), _sorted(rows, order)
+    damped = _sorted(np.take_along_axis(hessian, order[..., :, None], axis=-2), order)
+    places = np.arange(terms)
+    diagonal = damped[..., places, places]
     # An input that is always zero has no say.
-    damped[np.diag_indices_from(damped)] += _DAMPING * diagonal.mean() + (diagonal <= 0)
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    made = np.empty_like(work)
-    for start in range(0, work.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, work.shape[1])
-        errors = np.empty((len(work), stop - start))
-        for column in range(start, stop):
-            wanted = np.where(held[:, column], rows[:, order[column]], work[:, column])
-            made[:, column] = sorted_grid.column(wanted, column)
-            off = (work[:, column] - made[:, column]) / upper[column, column]
-            work[:, column + 1 : stop] -= np.outer(off, upper[column, column + 1 : stop])
-            errors[:, column - start] = off
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    learned, plain = made[:, back], grid.nearest(rows)
+    mean = diagonal.mean(axis=-1, keepdims=True)
+    damped[..., places, places] += _DAMPING * mean + (diagonal <= 0)
+    upper = np.swapaxes(np.linalg.cholesky(np.linalg.inv(damped)), -1, -2)
+    work, made = exact.copy(), np.empty_like(exact)
+    for start in range(0, terms, _COLUMNS):
+        stop = min(start + _COLUMNS, terms)
+        errors = np.empty((*work.shape[:-1], stop - start))
+        for at in range(start, stop):
+            wanted = np.where(on.held[..., at], exact[..., at], work[..., at])
+            made[..., at] = on.column(wanted, at)
+            off = (work[..., at] - made[..., at]) / upper[..., at, at, None]
+            later = slice(at + 1, stop)
+            work[..., later] -= off[..., None] * upper[..., at, None, later]
+            errors[..., at - start] = off
+        work[..., stop:] -= errors @ upper[..., start:stop, stop:]
+    learned, plain = _sorted(made, np.argsort(order, kind="stable")), grid.nearest(rows)
     better = _loss(learned - rows, hessian) < _loss(plain - rows, hessian)
-    return np.where(better[:, None], learned, plain)
+    return np.where(better[..., None], learned, plain)
+
+
+def _sorted(values: NDArray[Any], order: NDArray[np.intp]) -> NDArray[Any]:
+    return np.take_along_axis(values, order[..., None, :], axis=-1)
 
 
 def _loss(off: Array, hessian: Array) -> Array:
     """The squared error of each output."""
-    loss: Array = np.einsum("ij,ij->i", off @ hessian, off)
+    loss: Array = ((off @ hessian) * off).sum(axis=-1)
     return loss

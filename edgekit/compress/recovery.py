@@ -43,9 +43,13 @@ def recovered(
     """
     # Equalization changes layers in pairs: there is no telling them apart afterwards.
     bound = scheme.keep if "equalization" in scheme.recovery else ()
-    wanted = replace(scheme, keep=bound)
+    # What is done to activations, and by whom, does not change what is learned of weights.
+    wanted = replace(
+        scheme, keep=bound, operators="all", activations="", symmetric=False, ranges="minmax",
+        transformer=False, tool="",
+    )  # fmt: skip
     key = content_key(
-        kind="recover", recipe=2, model=model.sha256, scheme=wanted.to_json(), halves=halves,
+        kind="recover", recipe=3, model=model.sha256, scheme=wanted.to_json(), halves=halves,
         calibration=[data.sha256, indices.tolist()],
     )  # fmt: skip
 

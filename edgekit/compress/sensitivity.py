@@ -22,7 +22,7 @@ from edgekit import sandbox
 from edgekit.artifact import Artifact
 from edgekit.cache import Cache, content_key
 from edgekit.compress.calibration import CalibrationSamples, calibration_request
-from edgekit.compress.prepare_onnx import prepare_onnx, save_onnx
+from edgekit.compress.prepare_onnx import float_session, prepare_onnx, save_onnx
 from edgekit.data import Dataset
 from edgekit.errors import require
 from edgekit.graph import Graph
@@ -160,12 +160,7 @@ def _grouped(names: list[str]) -> list[list[str]]:
 
 def _run(path: str, samples: Sequence[Mapping[str, Any]]) -> list[list[NDArray[Any]]]:
     """The float outputs of each sample. Nothing is fused, so that 8-bit sums cannot overflow."""
-    runtime = require("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = float_session(path)
     names = [one.name for one in session.get_outputs() if one.type == "tensor(float)"]
     return [session.run(names, dict(sample)) for sample in samples]
 

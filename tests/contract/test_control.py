@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.artifact import open_model
 from edgekit.cache import Cache
+from edgekit.choose import Allowed
 from edgekit.compress.quantize import quantize
 from edgekit.compress.quantizers import fitted, quantizer_for
 from edgekit.compress.scheme import Scheme, parse_scheme
@@ -19,6 +20,7 @@ from edgekit.control import AccuracyControl, SearchEndedError, Tried, blame
 from edgekit.convert import convert
 from edgekit.data import open_dataset
 from edgekit.device import Quantization
+from edgekit.experience import Experience, Outcome
 from edgekit.graph import read_graph
 from edgekit.plan import Candidate
 from edgekit.quantization import QuantizeRequest, quantize_model
@@ -179,6 +181,27 @@ def test_no_more_than_needed_stay_float_and_few_are_tried(enough) -> None:
     list(control.keep_float(replace(CANDIDATE, id="other")))
     assert control.asked[0] <= least + 1
     assert len(control.asked) <= 6
+
+
+@pytest.mark.needs("openvino")
+def test_what_cured_networks_like_this_is_tried_first(tmp_path: Path) -> None:
+    operators, told = {"Conv": 3}, []
+    control = AccuracyControl(
+        None, Quantization(), Allowed(0.01), Limits, told.append,  # type: ignore[arg-type]
+        experience=Experience(tmp_path, operators, []),
+    )  # fmt: skip
+    candidate = replace(CANDIDATE, engine="openvino", format="openvino")
+    usual = [one.scheme.id for one in control._promising(list(control._options(candidate)))]
+    assert len(usual) > 1
+    assert told == []
+    past = [Outcome("openvino", usual[0], good=False, repair=True)]
+    past += [Outcome("openvino", usual[1], good=True, repair=True)]
+    Experience(tmp_path, operators, []).add(past)
+    control._experience = Experience(tmp_path, operators, [])
+    control.known.clear()
+    found = [one.scheme.id for one in control._promising(list(control._options(candidate)))]
+    assert found == [usual[1], usual[0], *usual[2:]]
+    assert "1 of 1 runs on networks like this" in told[0]
 
 
 def test_hopeless_ones_are_given_up() -> None:

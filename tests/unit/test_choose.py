@@ -65,7 +65,14 @@ def test_too_few_rounds_never_call_a_slow_small_candidate_level() -> None:
 
 @pytest.mark.parametrize(
     ("drop", "broken", "out"),
-    [(0.01, 0, False), (0.0100001, 0, True), (-0.5, 0, False), (0.0, 1, True), (np.nan, 0, True)],
+    [
+        (0.01, 0, False),
+        (1 - 0.99, 0, False),
+        (0.0100001, 0, True),
+        (-0.5, 0, False),
+        (0.0, 1, True),
+        (np.nan, 0, True),
+    ],
 )
 def test_accuracy_budget(drop: float, broken: int, out: bool) -> None:
     found = {"drop": drop, "broken": broken, "samples": 100}

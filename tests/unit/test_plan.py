@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from edgekit import plan as plan_module
+from edgekit.compress.prune import Pruning
 from edgekit.compress.scheme import Scheme
 from edgekit.device import Cpu, DeviceProfile
-from edgekit.plan import Candidate, Ruling, make_plan
+from edgekit.plan import Candidate, Ruling, make_plan, with_pruned
 from edgekit.profiles import load_profile
 
 
@@ -193,3 +194,24 @@ def test_no_way_back_from_ir_is_said() -> None:
 )
 def test_schemes_in_words(scheme, words) -> None:
     assert str(scheme) == words
+
+
+def test_pruned_candidates_stand_behind_the_others_and_under_names_of_their_own() -> None:
+    plan = make_plan("onnx", load_profile("generic-x86-64"), threads=1, engine_faults={})
+    made = with_pruned(plan, [Pruning("channels", 0.3), Pruning("channels", 0.5)], "onnx")
+    assert made[: len(plan)] == plan
+    ids = [one.id for one in made]
+    assert len(set(ids)) == len(ids)
+    assert "onnxruntime-channels-30%" in ids
+    assert "litert-channels-50%+int8-static" in ids
+    assert not any(one.pruning and one.scheme.kind == "int8-dynamic" for one in made)
+    for one in made[len(plan) :]:
+        assert one.family == f"{one.engine}-channels-{100 * one.pruning.amount:g}%+"
+
+
+def test_what_cannot_become_onnx_is_not_pruned_and_says_why() -> None:
+    plan = make_plan("ncnn", load_profile("generic-x86-64"), threads=1, engine_faults={})
+    made = with_pruned(plan, [Pruning("channels", 0.3)], "ncnn")
+    skips = [one.skip for one in made if one.pruning]
+    assert skips
+    assert all("no way to it" in skip for skip in skips)

@@ -1,0 +1,122 @@
+"""Which of the candidates that lost too much are worth repairing, in which order, and when to stop.
+
+A candidate is repaired while it could still win. How fast it is after a repair is not known before;
+what became of another of the same engine that lost no more says about how much a repair costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
+
+from edgekit.artifact import Artifact
+from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
+from edgekit.fit import judge
+from edgekit.graph import read_graph, with_batch_one
+from edgekit.observer import Observer
+from edgekit.outcome import Row
+from edgekit.plan import Candidate
+from edgekit.precision import broken_promise
+from edgekit.preparation import Job
+
+__all__ = ["Repairs", "forbidden"]
+
+#: what is not faster than this share of the best is not repaired
+_WORTH_REPAIRING = 0.97
+#: a loss is no smaller than another from this share of it on
+_AS_BAD = 0.8
+
+
+def forbidden(job: Job, candidate: Candidate, artifact: Artifact) -> str | None:
+    """What was made and the device's profile forbids, asked for or not: the quantizer's and
+    converter's work is read back and judged like a model that comes from outside."""
+    if candidate.reference_only or job.fit is None:
+        return None
+    if artifact.format == "ncnn":  # its operators are pnnx's choice, and not read here
+        return None
+    profile = job.profile
+    graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
+    fit = judge(graph, profile)
+    broken = broken_promise(graph, profile.quantization)
+    for _, words in fit.too_big(fit.needs[0]):
+        broken = broken or words
+    for place in fit.places:
+        if place.id == candidate.engine and place.kind == "cpu":
+            for reason in fit.reasons(place, "no"):
+                broken = broken or f"{place.id}: {reason}"
+    return f"made, but not for {profile.id}: {broken}" if broken else None
+
+
+@dataclass
+class Repairs:
+    """`cost`: what is to be least, of a row that was looked at (latency over the reference's, or
+    bytes); `look`: measures a repaired row briefly and saves the best so far."""
+
+    job: Job
+    control: AccuracyControl
+    observer: Observer
+    cost: Callable[[Row], float]
+    look: Callable[[Row], None]
+    #: by engine: the row repaired, and how many times its cost it had then
+    _dearer: dict[str, list[tuple[Row, float]]] = field(default_factory=dict)
+
+    def run(self, rows: list[Row], lost: list[Row]) -> None:
+        """Win back what those lost, where they could win then; a row for all that is tried."""
+        able = [row for row in lost if row.candidate.scheme.kind in REPAIRED]
+        self.control.known = {row.candidate.id for row in rows}
+        unrepaired = []
+        for row in sorted(able, key=self.cost):
+            best = min((r for r in rows if r.status == "planned"), key=self.cost)
+            worst, why = self._expected(row)
+            if worst >= _WORTH_REPAIRING * self.cost(best):
+                row.reason += f"; not repaired: {why} it would not beat {best.candidate.id}"
+                self.observer.row(row.candidate.id, row.reason)
+                unrepaired.append(row)
+                continue
+            found = self._repair(row, rows)
+            cost = self.cost(row)
+            if found is not None and 0 < cost < inf:
+                dearer = self.cost(found) / cost
+                self._dearer.setdefault(row.candidate.engine, []).append((row, dearer))
+        with suppress(SearchEndedError):
+            for row in unrepaired:  # nothing collapses without a word on where that comes from
+                self._name_operators(row)
+
+    def _expected(self, row: Row) -> tuple[float, str]:
+        """About what it costs once it is repaired."""
+        cost, why = self.cost(row), "even so"
+        for other, dearer in self._dearer.get(row.candidate.engine, ()):
+            same = other.candidate.scheme.kind == row.candidate.scheme.kind
+            if same and row.evaluation["drop"] >= _AS_BAD * other.evaluation["drop"]:
+                cost = max(cost, cost * dearer)
+                why = f"it lost as much as {other.candidate.id}, and repaired as that"
+        return cost, why
+
+    def _repair(self, row: Row, rows: list[Row]) -> Row | None:
+        self._name_operators(row)
+        found: Row | None = None
+        for tried in self.control.repair(row.candidate, row.evaluation["drop"]):
+            one = Row(
+                tried.candidate, artifact=tried.artifact, evaluation=dict(tried.evaluation),
+                repairs=row.candidate.id,
+            )  # fmt: skip
+            rows.append(one)
+            broken = None
+            if tried.artifact is not None:
+                broken = forbidden(self.job, tried.candidate, tried.artifact)
+            if broken or not tried.within:
+                one.end("dropped" if tried.evaluation else "failed", broken or tried.reason)
+            else:
+                found = one
+        if found is not None:
+            self.look(found)
+        return found
+
+    def _name_operators(self, row: Row) -> None:
+        row.blame = blame(self.control.sensitivity(row.candidate))
+        if row.blame:
+            names = ", ".join(one["outputs"][-1] for one in row.blame)
+            row.reason += f"; most of the noise comes from {names}"
+            self.observer.row(row.candidate.id, row.reason)
