@@ -22,6 +22,7 @@ from edgekit.errors import ModelError, UsageError, one_line, require
 from edgekit_converters.onnx import clean_up
 from edgekit_converters.onnx2tf_graph import plain_graph
 from edgekit_converters.onnx_files import load_model
+from edgekit_converters.tflite_flatten import fold_flatten
 
 __all__ = ["from_onnx"]
 
@@ -146,7 +147,7 @@ def _convert(cleaned: Path, folder: Path, recipe: str) -> bytes:
     found = sorted(folder.glob("*_float32.tflite"))
     if not found:
         raise ModelError("onnx2tf wrote no float32 model")
-    return _named(found[0].read_bytes(), *interface)
+    return _finished(found[0].read_bytes(), *interface)
 
 
 def _check(cleaned: Path, made: bytes) -> None:
@@ -196,11 +197,12 @@ def _inputs(session: Any, random: Any) -> dict[str, Any]:
     return feed
 
 
-def _named(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
+def _finished(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
     """Give the model the signature it lost: onnx2tf keeps the order, but names outputs anew."""
     schema = require("ai_edge_litert.schema_py_generated", extra="tflite-convert")
     flatbuffers = require("flatbuffers", extra="tflite-convert")
     model = schema.ModelT.InitFromPackedBuf(bytearray(tflite), 0)
+    fold_flatten(model)
     graph = model.subgraphs[0]
     signature = schema.SignatureDefT()
     signature.signatureKey, signature.subgraphIndex = "serving_default", 0
