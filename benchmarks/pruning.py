@@ -2,6 +2,7 @@
 
     python benchmarks/pruning.py FOLDER channels zeros latency int8 [--nets plain residual]
     python benchmarks/pruning.py MODEL.onnx TEST.npz CALIBRATION.npz --amounts 0.05 0.1 0.2 [--even]
+        [--multiple 16]
 
 `FOLDER` holds the networks of `pruning_nets.py`, `test.npz` and `calib.npz` (`image`, float32
 (N, 1, 28, 28), and `labels`). The second line is for any other model.
@@ -51,7 +52,7 @@ def pruned(model: Path, data: tuple[Path, Path], pruning: Pruning, amount: float
     return prune_model(
         PruneRequest(
             str(model), replace(pruning, amount=amount), amount=amount, data=str(data[0]),
-            calibration=str(data[1]),
+            calibration=str(data[1]), limits=Limits(timeout_s=7200.0),
         )
     )  # fmt: skip
 
@@ -147,7 +148,7 @@ def _ratio(files: list[Path], engine: str, work: Path) -> tuple[float, float, fl
     return ratio_interval(taken["after"].medians_ns, taken["before"].medians_ns)
 
 
-def int8(folder: Path, nets: list[str]) -> None:
+def int8(folder: Path, nets: list[str], amount: float) -> None:
     """int8 with and without pruning: what each loses, and how many times faster the pruned is."""
     limits = Limits(timeout_s=900)
     for name in nets:
@@ -155,7 +156,7 @@ def int8(folder: Path, nets: list[str]) -> None:
             job = prepare(
                 Request(
                     folder / f"{name}.onnx", "this-machine", str(folder / "test.npz"), Path(out),
-                    calibration=str(folder / "calib.npz"), prune=(0.5,),
+                    calibration=str(folder / "calib.npz"), prune=(amount,),
                 ),
                 Diary(Observer()), Cache(),
             )  # fmt: skip
@@ -182,11 +183,14 @@ def _silent(done: int, total: int) -> None:
     del done, total
 
 
-def frontier(model: Path, data: tuple[Path, Path], amounts: list[float], spread: str) -> None:
+def frontier(
+    model: Path, data: tuple[Path, Path], amounts: list[float], spread: str, multiple: int
+) -> None:
     """What is lost by amount; latency of the whole model in ONNX Runtime, one thread."""
+    way = Pruning("channels", spread=spread, multiple=multiple)
     for amount in amounts:
         try:
-            made = pruned(model, data, Pruning("channels", spread=spread), amount)
+            made = pruned(model, data, way, amount)
         except EdgeKitError as error:
             row(amount, error)
             continue
@@ -203,16 +207,22 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--amounts", nargs="+", type=float, default=[0.05, 0.1, 0.15, 0.2])
     parser.add_argument("--even", action="store_true")
+    parser.add_argument("--multiple", type=int, default=1)
     args = parser.parse_args()
     if args.source.suffix == ".onnx":
         test, calibration = map(Path, args.rest)
         return frontier(
-            args.source, (test, calibration), args.amounts, "even" if args.even else "least-loss"
-        )
-    tables = {"channels": channels, "zeros": zeros, "latency": latency, "int8": int8}
+            args.source, (test, calibration), args.amounts, "even" if args.even else "least-loss",
+            args.multiple,
+        )  # fmt: skip
+    tables = {"channels": channels, "zeros": zeros, "latency": latency}
     for word in args.rest:
         print(f"\n{word}", flush=True)
-        tables[word](args.source, args.nets)
+        if word == "int8":
+            for amount in args.amounts:
+                int8(args.source, args.nets, amount)
+        else:
+            tables[word](args.source, args.nets)
     return None
 
 

@@ -38,13 +38,16 @@ _MADE_UP = 64
 _FLOAT_BITS = 32
 #: the amounts a search ends between, and how often it halves what is left between them
 _LEAST, _MOST, _HALVINGS = 0.1, 0.9, 5
+#: shares of an amount that stand for the way to it
+_WAY = (0.25, 0.5, 0.75)
 #: how far an amount may be missed, since channels are whole
 _SHORT = 0.01
 
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """What the user asked for; without `amount`, as much goes as `max_drop` allows."""
+    """What the user asked for; without `amount`, as much goes as `max_drop` allows. `way`: also
+    what smaller amounts on the way to it cost and save, for a plot."""
 
     model: str
     pruning: Pruning
@@ -55,6 +58,7 @@ class PruneRequest:
     preprocess: Path | None = None
     profile: str | None = None
     metric: str | None = None
+    way: bool = False
     seed: int = 0
     reading: Reading = field(default_factory=Reading)
     limits: sandbox.Limits | None = None
@@ -62,14 +66,17 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """An amount that was tried: what was reached, and what it costs on the samples that select."""
+    """An amount that was tried: what was reached, what it costs on the samples that select (those
+    that nothing was learned from, if the amount was given), and, where that was measured, the
+    latency over that of the model as it came, with its 95 % interval."""
 
     amount: float
     reached: float
     metric: float
     drop: float
+    latency_ratio: tuple[float, float, float] | None = None
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON."""
         return dict(self.__dict__)
 
@@ -108,6 +115,7 @@ class _Job:
     def __init__(self, request: PruneRequest, diary: Diary, cache: Cache) -> None:
         self.request, self.diary, self.cache = request, diary, cache
         self.steps: list[Step] = []
+        self.tried: list[Artifact] = []  # of the steps
         self.pruning = request.pruning
         profile = load_profile(request.profile) if request.profile else None
         if profile is not None and self.pruning.method == "channels":
@@ -142,6 +150,8 @@ class _Job:
         builder = self._builder(before, data, split)
         with self.diary.phase("prune"):
             if request.amount is not None:
+                if request.way:
+                    self._walk(builder, request.amount)
                 made, facts = self._made(builder, request.amount)
                 pruning = replace(self.pruning, amount=request.amount)
             else:
@@ -261,11 +271,7 @@ class _Job:
         best: tuple[Artifact, dict[str, Any], Pruning] | None = None
         amount = (low + high) / 2
         for _ in range(_HALVINGS):
-            made, facts = self._made(builder, round(amount, 3))
-            found = self._evaluated(builder, made, builder.split.selection)
-            self.steps.append(
-                Step(round(amount, 3), facts["reached"], found["metric"], found["drop"])
-            )
+            made, facts, found = self._step(builder, round(amount, 3), builder.split.selection)
             if found["drop"] <= allowed and not found["broken"]:
                 best = (made, facts, replace(self.pruning, amount=round(amount, 3)))
                 low = amount
@@ -275,11 +281,26 @@ class _Job:
                 high = amount
             amount = (low + high) / 2
         if best is None:
-            made, facts = self._made(builder, _LEAST)
-            found = self._evaluated(builder, made, builder.split.selection)
-            self.steps.append(Step(_LEAST, facts["reached"], found["metric"], found["drop"]))
+            made, facts, _ = self._step(builder, _LEAST, builder.split.selection)
             best = (made, facts, replace(self.pruning, amount=_LEAST))
         return best
+
+    def _walk(self, builder: Builder, amount: float) -> None:
+        """Smaller amounts, evenly up to the one asked for."""
+        if self.pruning.method == "n-m":
+            return
+        samples = self._untouched(builder.split)
+        for share in _WAY:
+            self._step(builder, round(share * amount, 3), samples)
+
+    def _step(
+        self, builder: Builder, amount: float, samples: NDArray[np.int64]
+    ) -> tuple[Artifact, dict[str, Any], dict[str, Any]]:
+        made, facts = self._made(builder, amount)
+        found = self._evaluated(builder, made, samples)
+        self.steps.append(Step(amount, facts["reached"], found["metric"], found["drop"]))
+        self.tried.append(made)
+        return made, facts, found
 
     def _untouched(self, split: Split) -> NDArray[np.int64]:
         """Samples that nothing was chosen by."""
@@ -301,22 +322,31 @@ class _Job:
         return {**found, "name": builder.metric, "reference": was["metric"]}
 
     def _latency(self, builder: Builder, made: Artifact) -> dict[str, Any]:
-        """Both models in ONNX Runtime, one thread, in turn: `{before, after, ratio}`, the ratio
-        with its 95 % interval; {} where one cannot be measured."""
+        """Both models in ONNX Runtime, one thread, in turn, and those of the steps with them if
+        there is to be a plot: `{before, after, ratio}`, the ratio with its 95 % interval; {} where
+        one cannot be measured."""
         with tempfile.TemporaryDirectory(prefix="edgekit-") as work:
             first = builder.data.sample(int(builder.split.selection[0]), builder.source.inputs)
             inputs = Path(work) / "inputs.npz"
             np.savez(inputs, allow_pickle=False, **{name: one[None] for name, one in first.items()})
+            named = {"before": builder.source, "after": made}
+            if self.request.way:
+                named |= {f"step {number}": one for number, one in enumerate(self.tried)}
             contenders = [
-                Contender(name, one.path, 1, "onnxruntime")
-                for name, one in (("before", builder.source), ("after", made))
+                Contender(name, one.path, 1, "onnxruntime") for name, one in named.items()
             ]
             taken = measure(contenders, "before", inputs=inputs, seed=self.request.seed)
         faults = [one.failure for one in taken.values() if one.failure]
         if faults:
             self.diary.note(f"not measured: {faults[0]}")
             return {}
-        ratio = ratio_interval(taken["after"].medians_ns, taken["before"].medians_ns)
+        base = taken["before"].medians_ns
+        ratio = ratio_interval(taken["after"].medians_ns, base)
+        self.steps = [
+            replace(one, latency_ratio=ratio_interval(taken[f"step {number}"].medians_ns, base))
+            if f"step {number}" in taken else one
+            for number, one in enumerate(self.steps)
+        ]  # fmt: skip
         return {
             "before": taken["before"].latency(), "after": taken["after"].latency(),
             "ratio": list(ratio), "engine": "onnxruntime", "threads": 1,

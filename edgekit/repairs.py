@@ -73,6 +73,11 @@ class Repairs:
         unrepaired = []
         for row in sorted(able, key=self.cost):
             best = min((r for r in rows if r.status == "planned"), key=self.cost)
+            hopeless = self._pruned_too_far(row, rows)
+            if hopeless:
+                row.reason += f"; not repaired: {hopeless}"
+                self.observer.row(row.candidate.id, row.reason)
+                continue
             worst, why = self._expected(row)
             if worst >= _WORTH_REPAIRING * self.cost(best):
                 row.reason += f"; not repaired: {why} it would not beat {best.candidate.id}"
@@ -87,6 +92,16 @@ class Repairs:
         with suppress(SearchEndedError):
             for row in unrepaired:  # nothing collapses without a word on where that comes from
                 self._name_operators(row)
+
+    def _pruned_too_far(self, row: Row, rows: list[Row]) -> str:
+        """Why nothing that is done to operators helps: the pruned model itself loses too much."""
+        for one in rows:
+            same = row.candidate.pruning and one.candidate.pruning == row.candidate.pruning
+            if same and one.candidate.scheme.kind == "fp32" and one.evaluation:
+                drop = float(one.evaluation.get("drop", 0.0))
+                if drop > self.control.allowed.drop:
+                    return f"pruned so far it loses {drop:.4f} in float ({one.candidate.id})"
+        return ""
 
     def _expected(self, row: Row) -> tuple[float, str]:
         """About what it costs once it is repaired."""

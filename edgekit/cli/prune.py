@@ -12,12 +12,13 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from edgekit.cache import Cache
+from edgekit.cache import Cache, write_atomically
 from edgekit.cli.console import AnsweredError, TerminalObserver, print_json, size, stdout
 from edgekit.cli.source import SourceOptions
 from edgekit.compress.prune import Pruning
 from edgekit.conversion import check_target, made_by_edgekit, write_model
 from edgekit.errors import UsageError
+from edgekit.measure.report_runs import runs_html
 from edgekit.pruning import Pruned, PruneRequest, prune_model
 from edgekit.sandbox import Limits
 
@@ -39,7 +40,7 @@ def prune(
     data: str | None = None,
     calibration: str | None = None,
     for_: Annotated[str | None, Parameter(name="--for")] = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     source: SourceOptions | None = None,
     preprocess: Path | None = None,
     metric: str | None = None,
@@ -47,6 +48,7 @@ def prune(
     timeout: float = 1800.0,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     keep: Annotated[bool, Parameter(negative="")] = False,
+    report: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Make a model smaller after training, from samples without labels.
@@ -86,9 +88,10 @@ def prune(
     calibration
         Samples to learn from alone (up to 512); their labels are not used.
     for_
-        A device profile: channels that are left fill its vector registers.
+        A device profile: channels that are left fill its vector registers; otherwise those of this
+        machine.
     multiple
-        What is left of a group of channels is a multiple of this; otherwise what --for says.
+        What is left of a group of channels is a multiple of this (1: any number).
     source
         How to read the model.
     preprocess
@@ -103,11 +106,14 @@ def prune(
         The .onnx file to write; the model's name with the method otherwise.
     keep
         Write the result even if it loses too much.
+    report
+        An .html file to write: the metric against the latency over smaller amounts up to this one
+        (or those that --max-drop tried), and every layer.
     json
         One JSON object on stdout (schema edgekit.prune/1).
     """
     pruning = replace(
-        _asked(method, amount, max_drop, importance, pattern, multiple, refit=refit),
+        _asked(method, amount, max_drop, importance, pattern, multiple or 1, refit=refit),
         spread=spread, minimize=minimize,
     )  # fmt: skip
     if not 0 < timeout < math.inf:
@@ -118,13 +124,22 @@ def prune(
         raise UsageError(f"{path} exists, and EdgeKit did not make it: say with -o where to write")
     if path.resolve() == Path(model).resolve():
         raise UsageError(f"-o {path} is the model itself; choose another name")
+    if multiple is not None and (multiple < 1 or for_ is not None):
+        raise UsageError(
+            f"--multiple {multiple}: wanted 1 or more" if multiple < 1
+            else "--for and --multiple both say how many channels are left: give one of them"
+        )  # fmt: skip
+    if report is not None and not report.absolute().parent.is_dir():
+        raise UsageError(f"--report {report}: wanted a file in a folder that exists")
     cache = Cache()
     with TerminalObserver() as observer:
         made = prune_model(
             PruneRequest(
                 model, pruning, amount=pruning.amount if amount is not None or method == "n-m"
-                else None, max_drop=max_drop, data=data, calibration=calibration,
-                preprocess=preprocess, profile=for_, metric=metric, seed=seed,
+                else None, max_drop=max_drop, way=report is not None, data=data,
+                calibration=calibration,
+                preprocess=preprocess, metric=metric, seed=seed,
+                profile=(for_ or "this-machine") if multiple is None else None,
                 reading=(source or SourceOptions()).reading(), limits=Limits(timeout_s=timeout),
             ),
             observer, cache,
@@ -134,6 +149,9 @@ def prune(
         made.artifact, path, rejected=not made.usable and not keep, more={"pruning": document}
     )
     cache.trim()
+    if report is not None:
+        write_atomically(report, runs_html([(model, document)]).encode())
+        written.append(report)
     document["files"] = [str(one) for one in written]
     if json:
         print_json(document)
@@ -235,12 +253,19 @@ def _show(made: Pruned, written: list[Path]) -> None:
 def _channels(made: Pruned) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for name in ("channels", "MACs", "parameters"):
+    for name in ("channels", "MACs", "parameters", "SQNR"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in made.facts["layers"]:
         cells = [row.get("channels"), row["macs"], row.get("parameters")]
-        table.add_row(escape(row["name"]), *(_change(cell) for cell in cells))
+        table.add_row(escape(row["name"]), *(_change(cell) for cell in cells), _noise(row))
     return table
+
+
+def _noise(row: dict[str, Any]) -> str:
+    """Of a layer's output against that of the model as it came; "same" where nothing differs."""
+    if "sqnr_db" not in row:
+        return "-"
+    return "same" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
 
 
 def _change(cell: list[int] | None) -> str:
@@ -252,11 +277,11 @@ def _change(cell: list[int] | None) -> str:
 def _zeros(made: Pruned) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for name in ("weights", "zeros before", "zeros"):
+    for name in ("weights", "zeros before", "zeros", "SQNR"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in made.facts["layers"]:
         cells = (row["weights"], row["zeros_before"], row["zeros"])
-        table.add_row(escape(row["name"]), *(f"{one:,}" for one in cells))
+        table.add_row(escape(row["name"]), *(f"{one:,}" for one in cells), _noise(row))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import zlib
@@ -22,7 +23,8 @@ from edgekit.compress.prune_channels import analyse, macs_of, remove, verify, we
 from edgekit.compress.prune_choose import choose, choose_evenly, latency_costs, share_saved
 from edgekit.compress.prune_latency import layer_shapes
 from edgekit.compress.prune_moments import Moments, input_moments
-from edgekit.compress.prune_refit import MOST_TERMS, compensated, refit
+from edgekit.compress.prune_noise import Output, noise_db
+from edgekit.compress.prune_refit import MOST_TERMS, compensated, fit_layer, refit
 from edgekit.compress.prune_score import Group, curves, groups_of, norms, readers_in
 from edgekit.compress.prune_sparse import sparsify
 from edgekit.errors import ModelError, require
@@ -32,6 +34,8 @@ __all__ = ["measure_onnx", "prune_onnx"]
 
 #: samples that layers are fitted on
 _SAMPLES = 512
+#: samples that the noise of layers is heard on
+_LISTENED = 32
 #: terms of a sum from which on single weights go
 _FEWEST_TERMS = 16
 #: opset from which on axes and sizes are inputs, and Softmax is over one axis
@@ -120,7 +124,7 @@ def prune_onnx(
     if spec["method"] == "channels":
         made, facts = _channels(model, layers, weights, moments, arrays, spec, samples)
     else:
-        made, facts = model, _zeros(model, layers, weights, moments, spec)
+        made, facts = _zeros(model, moments, spec, samples)
     save_onnx(made, target)
     facts["deflated_bytes"] = len(zlib.compress(Path(target).read_bytes(), 6))
     return facts
@@ -132,23 +136,45 @@ def _moments(arrays: dict[str, Array], number: int) -> Moments:
 
 
 def _zeros(
-    model: Any, layers: list[Layer], weights: dict[str, Array], moments: dict[str, Moments],
-    spec: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    model: Any, moments: dict[str, Moments], spec: dict[str, Any], samples: CalibrationSamples
+) -> tuple[Any, dict[str, Any]]:
     pattern = tuple(spec["pattern"]) if spec["method"] == "n-m" else None
+    made = copy.deepcopy(model)
+    weights = weights_of(made)
+    layers = _layers(made, weights)
     if not layers:
         raise ModelError("nothing can be pruned: no Conv, Gemm or MatMul has weights of its own")
     before = dict(weights)
     every = sum(layer.rows(weights).size for layer in layers)
     # Sums of a few terms (depthwise) hold few weights, and no sparse kernel is for them.
     layers = [one for one in layers if one.rows(weights).shape[1] >= _FEWEST_TERMS]
-    rows = sparsify(layers, weights, moments if spec["refit"] else {}, spec["amount"], pattern)
-    store_weights(model, weights, before)
+    originals = {one.weight: one for one in _layers(model, weights_of(model))}
+
+    def again() -> Iterator[dict[str, NDArray[Any]]]:
+        return islice(samples.quietly(), _SAMPLES)
+
+    def fitted(layer: Layer) -> Moments:
+        nonlocal before
+        report_progress(layers.index(layer), len(layers))
+        store_weights(made, weights, before)
+        before = dict(weights)
+        return fit_layer(model, made, originals[layer.weight], layer, weights, again)[0]
+
+    known = moments if spec["refit"] else {}
+    rows = sparsify(layers, weights, known, spec["amount"], pattern, fitted)
+    store_weights(made, weights, before)
+    names = {one.node.name: one.node.output[0] for one in layers}
+    outputs = [Output(names[row["name"]]) for row in rows]
+    heard = noise_db(model, made, outputs, islice(samples.quietly(), _LISTENED))
+    for row, one in zip(rows, heard, strict=True):
+        row["sqnr_db"] = one
     total, zeros = (sum(row[key] for row in rows) for key in ("weights", "zeros"))
     if not zeros:
         raise ModelError(f"no layer is wide enough for the pattern {spec['pattern']}")
-    return {"layers": rows, "weights": every, "zeros": zeros, "reached": zeros / max(1, every),
-            "of_covered": zeros / max(1, total)}  # fmt: skip
+    return made, {
+        "layers": rows, "weights": every, "zeros": zeros, "reached": zeros / max(1, every),
+        "of_covered": zeros / max(1, total),
+    }  # fmt: skip
 
 
 # --- channels -------------------------------------------------------------------------------------
@@ -189,10 +215,11 @@ def _channels(  # noqa: PLR0917
         fitted = refit(model, made, classes, gone, again, report_progress)
     else:
         made = remove(model, classes, gone)
+    noise = _noise(model, made, classes, gone, islice(samples.quietly(), _LISTENED))
     none = np.zeros(len(classes.of), bool)
     before, after = (macs_of(classes.trace.products, classes.of, one) for one in (none, gone))
     rows = [
-        _row(model, classes, gone, product, (before[at], after[at]))
+        _row(model, classes, gone, product, (before[at], after[at])) | noise.get(product.node, {})
         for at, product in enumerate(classes.trace.products)
     ]
     total = sum(before)
@@ -201,6 +228,22 @@ def _channels(  # noqa: PLR0917
         "reached": share_saved(classes, gone, costs),
         "parameters": [_parameters(model), _parameters(made)],
     }  # fmt: skip
+
+
+def _noise(
+    model: Any, made: Any, classes: Classes, gone: NDArray[np.bool_],
+    samples: Iterator[dict[str, NDArray[Any]]],
+) -> dict[int, dict[str, float | None]]:  # fmt: skip
+    """By node, of the outputs whose channels are known: `sqnr_db`."""
+    nodes, outputs = [], []
+    for one in classes.trace.products:
+        node = model.graph.node[one.node]
+        if one.weight and one.rows is not None:
+            kept = ~gone[classes.axis(one.rows)]
+            nodes.append(one.node)
+            outputs.append(Output(node.output[0], 1 if "Conv" in node.op_type else -1, kept))
+    found = noise_db(model, made, outputs, samples)
+    return {node: {"sqnr_db": one} for node, one in zip(nodes, found, strict=True)}
 
 
 def _parameters(model: Any) -> int:

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.compress.layers_onnx import Array, Layer, Tap, find_layers, store_weights
-from edgekit.compress.prune_axes import Classes, Product
+from edgekit.compress.prune_axes import Classes
 from edgekit.compress.prune_channels import weights_of
 from edgekit.compress.prune_moments import Moments, input_moments, outputs_at, up_to
 
-__all__ = ["MOST_TERMS", "compensated", "refit"]
+__all__ = ["MOST_TERMS", "compensated", "fit_layer", "refit"]
 
 #: ridge, as a share of the inputs' mean variance
 _RIDGE = 0.01
@@ -98,11 +98,23 @@ def refit(  # noqa: PLR0917
             continue
         store_weights(smaller, weights, before)
         before = dict(weights)
-        aim = _targets(model, originals[layer.weight], classes, gone, product, samples)
-        known = input_moments(smaller, [layer], weights, samples(), aim)[layer.weight]
-        done += _fit(layer, weights, known)
+        kept = None if product.rows is None else ~gone[classes.axis(product.rows)]
+        original = originals[layer.weight]
+        done += fit_layer(model, smaller, original, layer, weights, samples, kept)[1]
     store_weights(smaller, weights, before)
     return done
+
+
+def fit_layer(  # noqa: PLR0917
+    model: Any, changed: Any, original: Layer, layer: Layer, weights: dict[str, Array],
+    samples: Callable[[], Iterator[Mapping[str, Array]]], kept: NDArray[np.bool_] | None = None,
+) -> tuple[Moments, bool]:  # fmt: skip
+    """Fit one layer of the `changed` model, so that on its own activations it gives what it was
+    (`original`) in `model` gives there, of the outputs `kept`. `weights` change, not the model.
+    Returns the moments of what flows into it, and whether it was fitted."""
+    aim = _targets(model, original, kept, samples)
+    known = input_moments(changed, [layer], weights, samples(), aim)[layer.weight]
+    return known, _fit(layer, weights, known)
 
 
 def _behind(classes: Classes, gone: NDArray[np.bool_]) -> set[int]:
@@ -115,13 +127,12 @@ def _behind(classes: Classes, gone: NDArray[np.bool_]) -> set[int]:
     return set() if first is None else {p.node for p in classes.trace.products if p.node > first}
 
 
-def _targets(  # noqa: PLR0917
-    model: Any, layer: Layer, classes: Classes, gone: NDArray[np.bool_], product: Product,
+def _targets(
+    model: Any, layer: Layer, kept: NDArray[np.bool_] | None,
     samples: Callable[[], Iterator[Mapping[str, Array]]],
 ) -> Iterator[dict[str, Array]]:  # fmt: skip
     name = layer.output
     tap = Tap(up_to(model, [name]), [name])
-    kept = None if product.rows is None else ~gone[classes.axis(product.rows)]
     for number, sample in enumerate(samples()):
         rows = outputs_at(layer, tap.run(sample)[name], number)
         yield {layer.weight: rows if kept is None else rows[:, kept]}

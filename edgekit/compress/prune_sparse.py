@@ -7,7 +7,7 @@ to come take the error up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ __all__ = ["columns_first", "sparsify", "zero_by_output", "zero_smallest"]
 
 #: added to the diagonal, as a share of its mean; columns whose masks are chosen together
 _DAMPING, _COLUMNS = 0.01, 128
+#: of a layer, at most, where layers share what goes
+_MOST = 0.95
 
 
 def zero_smallest(rows: Array, share: float, pattern: tuple[int, int] | None) -> Array:
@@ -40,10 +42,7 @@ def zero_by_output(
 ) -> Array:  # fmt: skip
     """The same, chosen and made up for by what the outputs are on inputs with second moments
     `xx`, (terms, terms). An output that plain zeros leave nearer keeps those."""
-    damped = xx.copy()
-    diagonal = np.diag(damped).copy()
-    damped[np.diag_indices_from(damped)] += _DAMPING * diagonal.mean() + 1e-12
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    upper = np.linalg.cholesky(np.linalg.inv(_damped(xx))).T
     work, terms = rows.copy(), rows.shape[1]
     span = pattern[1] if pattern else _COLUMNS
     for start in range(0, terms, span):
@@ -86,27 +85,35 @@ def _loss(off: Array, xx: Array) -> Array:
     return loss
 
 
-def sparsify(
+def sparsify(  # noqa: PLR0917
     layers: Sequence[Layer], weights: dict[str, Array], moments: Mapping[str, Moments],
     amount: float, pattern: tuple[int, int] | None,
+    fitted: Callable[[Layer], Moments] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Change weights in place; a row per layer with its zeros before and after. Neighbours of a
-    pattern are input channels, as sparse kernels have it."""
+    pattern are input channels, as sparse kernels have it. `moments` are those of the model as it
+    came; `fitted` fits a layer to what those before it give now, and returns the moments of that.
+    """
     facts = []
+    shares = {} if pattern else _shares(layers, weights, moments, amount)
     for layer in layers:
         rows = layer.rows(weights)
         before = int((rows == 0).sum())
+        share = shares.get(layer.weight, amount)
         order = columns_first(layer, weights)
         if pattern and rows.shape[1] // pattern[1] == 0:
             continue
         parts = []
         known = moments.get(layer.weight)
+        if known is not None and fitted is not None:
+            known = fitted(layer)
+            rows = layer.rows(weights)
         for number, part in enumerate(np.split(rows[:, order], layer.group)):
             if known is None:
-                parts.append(zero_smallest(part, amount, pattern))
+                parts.append(zero_smallest(part, share, pattern))
             else:
                 xx = known.xx[number][np.ix_(order, order)]
-                parts.append(zero_by_output(part, xx, amount, pattern))
+                parts.append(zero_by_output(part, xx, share, pattern))
         made = np.empty_like(rows)
         made[:, order] = np.concatenate(parts)
         layer.put(weights, made)
@@ -125,6 +132,46 @@ def sparsify(
             }
         )
     return facts
+
+
+def _shares(
+    layers: Sequence[Layer], weights: Mapping[str, Array], moments: Mapping[str, Moments],
+    amount: float,
+) -> dict[str, float]:  # fmt: skip
+    """How much of each layer goes, so that `amount` of all goes where the outputs change least:
+    the error that a zero makes when the others make up for it, w^2 / [inv(xx)]_cc (Hassibi and
+    Stork, "Optimal Brain Surgeon", 1993), over what the layer gives, below one bound for all."""
+    errors = {}
+    for layer in layers:
+        known = moments.get(layer.weight)
+        if known is None:
+            return {}
+        made, energy = [], 1e-30
+        for number, part in enumerate(np.split(layer.rows(weights), layer.group)):
+            xx = known.xx[number]
+            energy += float(np.einsum("ij,ij->", part @ xx, part))
+            made.append(part**2 / np.diag(np.linalg.inv(_damped(xx))))
+        errors[layer.weight] = np.sort(np.concatenate(made).reshape(-1)) / energy
+    total = sum(one.size for one in errors.values())
+    low, high = 0.0, 1.0
+    bounds = np.sort(np.concatenate(list(errors.values())))
+    for _ in range(40):  # the bound, as a share of all errors; what is over _MOST stays
+        middle = (low + high) / 2
+        bound = bounds[min(int(middle * total), total - 1)]
+        gone = sum(_share(one, bound) * one.size for one in errors.values())
+        low, high = (middle, high) if gone < amount * total else (low, middle)
+    bound = bounds[min(int(high * total), total - 1)]
+    return {name: _share(one, bound) for name, one in errors.items()}
+
+
+def _share(errors: Array, bound: float) -> float:
+    return min(_MOST, float(np.searchsorted(errors, bound)) / errors.size)
+
+
+def _damped(xx: Array) -> Array:
+    made = xx.copy()
+    made[np.diag_indices_from(made)] += _DAMPING * np.diag(xx).mean() + 1e-12
+    return made
 
 
 def columns_first(layer: Layer, weights: Mapping[str, Array]) -> NDArray[np.int64]:

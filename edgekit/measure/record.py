@@ -22,7 +22,7 @@ __all__ = [
 #: the newest version of each schema that is read
 SCHEMAS = {
     "edgekit.bench": 1, "edgekit.measure": 1, "edgekit.compare": 1, "edgekit.trace": 1,
-    "edgekit.optimize": 1,
+    "edgekit.optimize": 1, "edgekit.prune": 1,
 }  # fmt: skip
 
 

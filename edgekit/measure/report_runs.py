@@ -12,13 +12,14 @@ import numpy as np
 from edgekit.measure.record import checked_schema, record_of, sound
 from edgekit.measure.report_chart import Axis, Series, bars, lines
 from edgekit.measure.report_page import Markup, element, fact_list, page, section
+from edgekit.measure.report_pruning import pruned
 from edgekit.measure.report_text import DASH, bytes_text, ms_text
 from edgekit_runtime.timing import unpack_ns
 
 __all__ = ["runs_html"]
 
 _MOST_BARS = 20
-_KINDS = ("edgekit.bench", "edgekit.measure", "edgekit.compare", "edgekit.trace")
+_KINDS = ("edgekit.bench", "edgekit.measure", "edgekit.compare", "edgekit.trace", "edgekit.prune")
 
 
 def runs_html(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -42,9 +43,12 @@ def runs_html(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
             body.append(section(f"Comparison: {name}", *_compared(document)))
         elif kind == "edgekit.trace":
             body.append(section(f"Operators: {name}", *_traced(document)))
+        elif kind == "edgekit.prune":
+            body += pruned(document, name)
     body += [
         section(f"Conditions: {name}", _conditions(document))
         for (_, document), name in zip(runs, named, strict=True)
+        if document.get("conditions")
     ]
     return page(f"EdgeKit report: {', '.join(dict.fromkeys(named))}", body, None)
 
