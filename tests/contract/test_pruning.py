@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +25,10 @@ from edgekit.compress.prune_channels import analyse, remove, weights_of
 from edgekit.compress.prune_choose import choose, choose_evenly, latency_costs, share_saved
 from edgekit.compress.prune_latency import interpolate, layer_shapes, measure_layers
 from edgekit.compress.prune_moments import input_moments
+from edgekit.compress.prune_noise import Output, noise_db
 from edgekit.compress.prune_refit import compensated, refit
 from edgekit.compress.prune_score import Reader, curves, groups_of, readers_in
-from edgekit.compress.prune_sparse import zero_by_output, zero_smallest
+from edgekit.compress.prune_sparse import sparsify, zero_by_output, zero_smallest
 from edgekit.compress.scheme import COMPUTE_OPERATORS, Scheme
 from edgekit.data import open_dataset, split_samples
 from edgekit.errors import EdgeKitError, ModelError, UsageError
@@ -129,6 +134,60 @@ def test_zeros_by_output_lose_less_than_zeros_of_the_smallest(pattern) -> None:
         assert (plain == 0).sum() == 40
 
 
+def two_layers(useless: float) -> onnx.ModelProto:
+    """Conv - Conv; of the second's weights all but two inputs are next to nothing."""
+    rng = np.random.default_rng(4)
+    second = rng.normal(size=(6, 8, 1, 1))
+    second[:, 2:] *= useless
+    weights = {"w1": rng.normal(size=(8, 3, 3, 3)), "w2": second}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c1"], "c1"),
+        helper.make_node("Conv", ["c1", "w2"], ["y"], "c2"),
+    ]
+    graph = helper.make_graph(
+        nodes, "two", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 6, 6, 6])],
+        [numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_zeros_go_where_they_cost_least() -> None:
+    model, given = two_layers(1e-4), samples()
+    weights = weights_of(model)
+    layers = find_layers(model, weights)
+    moments = input_moments(model, layers, weights, given)
+    rows = sparsify(layers, weights, moments, 0.12, None)
+    share = [row["zeros"] / row["weights"] for row in rows]
+    assert sum(row["zeros"] for row in rows) == pytest.approx(0.12 * (216 + 48), abs=3)
+    assert share[1] > 0.5 > 0.1 > share[0]
+
+
+def test_noise_is_the_power_over_that_of_the_difference() -> None:
+    model, given = two_layers(1.0), samples()
+    made = two_layers(0.9)
+    was, now = answers(model, given).astype(np.float64), answers(made, given).astype(np.float64)
+    kept = np.array([True, False, True, True, False, True])
+    found = noise_db(
+        model, made, [Output("y"), Output("c1"), Output("y", 1, np.ones(6, bool))], given
+    )
+    wanted = 10 * np.log10((was**2).sum() / ((was - now) ** 2).sum())
+    assert found == [pytest.approx(wanted, abs=0.1), None, pytest.approx(wanted, abs=0.1)]
+    less = remove_outputs(made, kept)
+    (cut,) = noise_db(model, less, [Output("y", 1, kept)], given)
+    off = was[:, kept] - now[:, kept]
+    assert cut == pytest.approx(10 * np.log10((was[:, kept] ** 2).sum() / (off**2).sum()), abs=0.1)
+
+
+def remove_outputs(model: onnx.ModelProto, kept: np.ndarray) -> onnx.ModelProto:
+    """The last convolution with these outputs alone."""
+    made = onnx.ModelProto.FromString(model.SerializeToString())
+    weight = numpy_helper.to_array(made.graph.initializer[1])[kept]
+    made.graph.initializer[1].CopyFrom(numpy_helper.from_array(weight, "w2"))
+    made.graph.output[0].type.tensor_type.shape.dim[1].dim_value = int(kept.sum())
+    return made
+
+
 def test_multiples_and_even_shares() -> None:
     model = generated(3)
     classes: Classes = analyse(model, {"x": np.zeros((1, 3, 8, 8), np.float32)})
@@ -175,6 +234,16 @@ def test_the_job_gives_a_smaller_model_and_an_account(case, tmp_path) -> None:
     assert again.artifact.sha256 == found.artifact.sha256
 
 
+def test_the_way_to_an_amount_is_evaluated_and_measured_with_it(case, tmp_path) -> None:
+    found = pruned(case, tmp_path, Pruning("channels"), amount=0.4, way=True)
+    assert [one.amount for one in found.steps] == [0.1, 0.2, 0.3]
+    assert all(one.latency_ratio and one.latency_ratio[0] > 0 for one in found.steps)
+    reached = [one.reached for one in found.steps]
+    assert reached == sorted(reached)
+    assert reached[-1] <= found.facts["reached"]
+    assert all("sqnr_db" in row for row in found.facts["layers"] if row.get("channels"))
+
+
 def test_the_most_that_a_limit_allows(case, tmp_path) -> None:
     found = pruned(case, tmp_path, Pruning("channels"), max_drop=0.02)
     kept = [one for one in found.steps if one.drop <= 0.02]
@@ -190,6 +259,32 @@ def test_zeros(case, tmp_path, method) -> None:
     stored = [w for w in weights_of(model).values() if w.dtype == np.float32]
     assert sum(int((w == 0).sum()) for w in stored) >= zeros > 0
     assert any("not faster" in note for note in found.notes)
+
+
+def test_a_killed_run_leaves_nothing_half_written_and_is_gone_on_with(case, tmp_path) -> None:
+    line = [
+        sys.executable, "-c", "from edgekit.cli import main; main()", "prune", str(case[0]),
+        "--amount", "0.4", "--multiple", "1", "--data", str(case[1]), "-o", "made.onnx",
+    ]  # fmt: skip
+
+    def run(cache: str, folder: str, kill_s: float | None = None) -> Path:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        child = subprocess.Popen(
+            line, env={**os.environ, "EDGEKIT_CACHE": str(tmp_path / cache)}, cwd=tmp_path / folder,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            child.wait(kill_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        return tmp_path / folder / "made.onnx"
+
+    wanted = run("one", "whole").read_bytes()
+    for kill_s in (0.6, 1.2, 1.8, 2.4):
+        made = run("two", "killed", kill_s)
+        assert not made.exists() or made.read_bytes() == wanted
+    assert run("two", "killed").read_bytes() == wanted
 
 
 def test_more_than_can_go_is_the_best_there_is(case, tmp_path) -> None:

@@ -1,11 +1,14 @@
 """Which candidates are repaired: those that could still win, by what repairs have cost so far."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from edgekit.choose import Allowed
+from edgekit.compress.prune import Pruning
 from edgekit.compress.scheme import parse_scheme
 from edgekit.control import Tried
 from edgekit.observer import Observer
@@ -26,6 +29,8 @@ def row(engine: str, scheme: str, cost: float, drop: float = 0.0) -> Row:
 class Control:
     """Repairs what `cures` names; what it is asked for is in `asked`."""
 
+    allowed = Allowed(0.1)
+
     def __init__(self, cures: dict[str, float]) -> None:
         self.cures, self.asked, self.named, self.known = cures, [], [], set()
 
@@ -39,7 +44,9 @@ class Control:
         yield Tried(made, None, {"drop": 0.0}, screened=False, within=within, reason="")
 
 
-def repaired(rows: list[Row], cures: dict[str, float]) -> list[str]:
+def repaired(
+    rows: list[Row], cures: dict[str, float], named: list[str] | None = None
+) -> list[str]:  # fmt: skip
     control = Control(cures)
 
     def look(found: Row) -> None:
@@ -49,7 +56,8 @@ def repaired(rows: list[Row], cures: dict[str, float]) -> list[str]:
     Repairs(job, control, Observer(), lambda one: one.quick, look).run(
         rows, [one for one in rows if one.lost]
     )  # type: ignore[arg-type]
-    assert sorted(control.named) == sorted(one.candidate.id for one in rows if one.lost)
+    wanted = [one.candidate.id for one in rows if one.lost] if named is None else named
+    assert sorted(control.named) == sorted(wanted)
     return control.asked
 
 
@@ -89,6 +97,18 @@ def test_nothing_is_repaired_that_is_no_faster_than_the_best() -> None:
     rows = [row("ort", "fp32", 1.0), row("ov", "fp32", 0.5), row("ort", "int8-static", 0.49, 0.2)]
     assert repaired(rows, {}) == []
     assert "even so it would not beat ov-fp32" in rows[2].reason
+
+
+@pytest.mark.parametrize(("float_drop", "asked"), [(0.2, []), (0.05, ["ort-cut+int8-static"])])
+def test_what_was_pruned_too_far_is_not_repaired(float_drop: float, asked: list[str]) -> None:
+    """No operator left in float gives back what went with the channels."""
+    cut = [row("ort", "fp32", 0.6, float_drop), row("ort", "int8-static", 0.4, 0.3)]
+    for one, name in zip(cut, ("ort-cut", "ort-cut+int8-static"), strict=True):
+        one.candidate = replace(one.candidate, id=name, pruning=Pruning("channels", 0.5))
+    rows = [row("ort", "fp32", 1.0), *cut]
+    cut[0].lost = False  # float models are not repaired
+    assert repaired(rows, {}, named=asked) == asked
+    assert ("pruned so far" in cut[1].reason) != bool(asked)
 
 
 def test_what_cannot_be_read_back_is_no_candidate(tmp_path) -> None:

@@ -63,6 +63,37 @@ def _trace(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+PRUNED = {
+    "schema": "edgekit.prune/1", "model": HOSTILE, "method": "channels", "amount": 0.5,
+    "reached": 0.51, "macs": [1000, 490], "parameters": [100, 50], "size_bytes": 500,
+    "before_bytes": 900, "deflated_bytes": 400, "notes": [HOSTILE],
+    "evaluation": {"name": "top1", "reference": 0.9, "metric": 0.88, "drop": 0.02,
+                   "drop_interval": [0.01, 0.03], "samples": 500},
+    "latency": {"ratio": [0.6, 0.59, 0.61], "engine": "onnxruntime", "threads": 1},
+    "steps": [{"amount": 0.25, "reached": 0.26, "metric": 0.895, "drop": 0.005,
+               "latency_ratio": [0.8, 0.79, 0.81]}],
+    "layers": [
+        {"name": "first", "type": "Conv", "macs": [600, 300], "channels": [8, 4],
+         "parameters": [60, 30], "sqnr_db": None},
+        {"name": HOSTILE, "type": "Gemm", "macs": [400, 190], "channels": [10, 10],
+         "parameters": [40, 20], "sqnr_db": 21.34},
+    ],
+}  # fmt: skip
+
+
+def test_pruning_shows_what_each_amount_costs_and_every_layer() -> None:
+    page = Page(PRUNED)
+    assert len(page.of("dot")) == 3  # as it came, on the way, what was written
+    for text in ("26.0 % gone: top1 0.8950, 0.80x the latency", "8 to 4", "600 to 300", "21.3 dB",
+                 "the same", "0.9000 before, 0.8800 after", "400 B compressed"):  # fmt: skip
+        assert text in page.text
+    assert all(tag != "script" for tag, _ in page.tags)
+    plain = {**PRUNED, "method": "magnitude", "steps": [], "layers": [
+        {"name": "first", "type": "Conv", "weights": 600, "zeros_before": 2, "zeros": 360},
+    ]}  # fmt: skip
+    assert "360" in Page(plain).text
+
+
 def test_a_distribution_ends_at_all_runs() -> None:
     page = Page(_bench())
     (line,) = page.of("line")
