@@ -103,7 +103,7 @@ def prune(
     versions = tool_versions(("onnx", "onnxruntime"))
     importance = pruning.importance if pruning.method == "channels" else ""
     common = {
-        "recipe": 3, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
+        "recipe": 5, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
         "tools": versions, "importance": importance,
     }  # fmt: skip
 
