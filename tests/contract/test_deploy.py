@@ -15,55 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import archive, bundle, listed, make_manifest, make_variant, npz
+from bundles import archive, bundle, make_manifest
+from deployable import Maker
 
 import edgekit_runtime.installer as installer
 from edgekit.deploy import connect
 from edgekit.deploy.chunks import LARGEST, chunks_of
 from edgekit.deploy.install import Device, Installed, deploy
 from edgekit.errors import EdgeKitError, TargetError, UsageError
-from edgekit_runtime import load, open_installed
+from edgekit_runtime import open_installed
 from edgekit_runtime.bundle import MANIFEST
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx")
 Make = Callable[..., Path]
 
 
-def documented(text: bytes) -> bytes:
-    """A protobuf field of ModelProto (6, doc_string) that makes a model as large as wanted."""
-    if not text:
-        return b""
-    words, size, length = text.hex().encode(), 2 * len(text), b""
-    while size >= 128:
-        length, size = length + bytes([size & 127 | 128]), size >> 7
-    return b"\x32" + length + bytes([size]) + words
-
-
 @pytest.fixture
 def make(small_model, tmp_path) -> Make:
-    model = small_model("onnxruntime", "linear").read_bytes()
-    inputs = np.random.default_rng(0).normal(size=(2, 1, 4)).astype(np.float32)
-    first = tmp_path / "plain.onnx"
-    first.write_bytes(model)
-    with load(first) as session:
-        name, output = session.inputs[0].name, session.outputs[0].name
-        assert (name, output) == ("x", "y")
-        right = np.stack([session.run({"x": one})["y"] for one in inputs])
-
-    def write(sequence: int = 1, *, off: float = 0.0, extra: bytes = b"", **variant: Any) -> Path:
-        contents = {
-            "a/model.onnx": model + documented(extra), "a/in.npz": npz(x=inputs),
-            "a/out.npz": npz(y=right + np.float32(off)),
-        }  # fmt: skip
-        found = make_manifest(
-            contents, sequence=sequence, bundle_id=f"{sequence:032x}", files=listed(contents),
-            variants=(make_variant(**variant),),
-        )  # fmt: skip
-        path = tmp_path / f"{sequence}.edgekit"
-        path.write_bytes(bundle(found, contents))
-        return path
-
-    return write
+    return Maker(small_model("onnxruntime", "linear").read_bytes(), tmp_path / "bundles")
 
 
 @contextmanager
