@@ -1,5 +1,6 @@
 """Bundles of a small linear model, sound and with faults, for deploying."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ def documented(text: bytes) -> bytes:
     while size >= 128:
         length, size = length + bytes([size & 127 | 128]), size >> 7
     return b"\x32" + length + bytes([size]) + words
+
+
+def other_linear(small_model: Callable[[str, str], Path]) -> bytes:
+    """The linear model with other weights: it answers differently."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(small_model("onnxruntime", "linear"))
+    for one in model.graph.initializer:
+        changed = numpy_helper.to_array(one)
+        if changed.dtype == np.float32:
+            one.CopyFrom(numpy_helper.from_array(changed * np.float32(2), one.name))
+    return bytes(model.SerializeToString())
 
 
 class Maker:

@@ -281,7 +281,7 @@ class Desk:
             command += ["--active", f"{place.versions}/{active}"]
         verdict = _try(command, timeout_s, self._wire)
         if not verdict.get("ok"):
-            self._failed(sha256, str(verdict.get("why")))
+            self._failed(sha256, str(verdict.get("why")), bundles=verdict.get("code") != 3)
         if self._part:
             self._note("keeping", file, sha256)
             place.keep(self._part, file)
@@ -351,14 +351,18 @@ class Desk:
         if at != self._size:
             raise Refused("the bundle did not arrive whole; deploy it again")
 
-    def _failed(self, sha256: str, why: str) -> None:
+    def _failed(self, sha256: str, why: str, *, bundles: bool) -> None:
+        """`bundles`: it is the bundle's fault, not that of what is installed here."""
         tries = load_json(self.place.tries)
         count = int(tries.get(sha256, {}).get("count", 0)) + 1
-        store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
+        if bundles:
+            store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
         if self._part:
             remove(self._part)
             self._part = ""
         self.place.done()
+        if not bundles:
+            raise Refused(f"it cannot be tried: {why}; nothing changed")
         raise Refused(f"it failed its trial ({count} of {MAX_TRIES}): {why}; nothing changed")
 
     def _note(self, step: str, file: str, sha256: str) -> None:
@@ -505,7 +509,7 @@ def _verdict(code: int, said: bytes, words: bytes) -> Dict[str, Any]:
         found = parse(said.decode().strip().rpartition("\n")[2])
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {"ok": False, "why": last}
+    return found if isinstance(found, dict) else {"ok": False, "why": last, "code": code}
 
 
 def _reason(error: Exception) -> Tuple[str, int]:

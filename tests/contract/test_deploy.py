@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import archive, bundle, make_manifest
-from deployable import Maker
+from deployable import Maker, other_linear
+from service_story import Story
 
 import edgekit_runtime
 from edgekit.deploy import connect
@@ -69,6 +70,14 @@ def test_what_was_deployed_is_what_a_program_opens_and_rollback_goes_back(make, 
         assert made.ask("gc")["versions"] == [done.file]
     with open_installed("m", root=root) as session:
         assert session.manifest is not None and session.manifest.sequence == 1
+
+
+def test_a_service_answers_all_the_time_while_versions_change(make, small_model, tmp_path) -> None:
+    with connect("local") as here:
+        story = Story(here, sys.executable, str(tmp_path / "root"), "m")
+        assert (
+            story.tell(make, Maker(other_linear(small_model), tmp_path / "second"))["answers"] > 9
+        )
 
 
 def test_the_same_bundle_again_sends_nothing_and_a_changed_one_only_its_change(
@@ -191,6 +200,21 @@ def test_no_python_there_is_one_line(tmp_path, python) -> None:
     with pytest.raises(TargetError) as caught, device(tmp_path, python=python):
         pass
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+
+
+def test_a_python_without_an_engine_is_not_the_bundles_fault(make, tmp_path) -> None:
+    root, bare = tmp_path / "root", tmp_path / "bare"
+    bare.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *' trial '*) exec '{sys.executable}' -I -S \"$@\";; esac\n"
+        f"exec '{sys.executable}' \"$@\"\n"
+    )
+    bare.chmod(0o755)
+    with device(root, python=str(bare)) as made:
+        for _ in range(4):
+            with pytest.raises(TargetError, match=r"cannot be tried: .*needs numpy and an engine"):
+                deploy(make(1), made)
+        assert made.ask("status")["failed_trials"] == {}
+    assert install(root, make(1)).state == "new"
 
 
 def test_too_old_a_python_is_said(tmp_path) -> None:
