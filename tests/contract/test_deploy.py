@@ -2,8 +2,10 @@
 
 import ast
 import hashlib
+import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import archive, bundle, make_manifest
+from bundles import bundle, make_manifest
 from deployable import Maker, other_linear
+from hostile import archives
 from service_story import Story
 
 import edgekit_runtime
+from edgekit.bundle import latency_limits
 from edgekit.deploy import connect
 from edgekit.deploy.chunks import LARGEST, chunks_of
 from edgekit.deploy.install import Device, Installed, deploy
 from edgekit.errors import TargetError, UsageError
-from edgekit_runtime import open_installed
-from edgekit_runtime.bundle import MANIFEST
+from edgekit_runtime import BundleError, load, open_installed, source
+from edgekit_runtime.machine import cpu_name
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx")
 FOLDER = str(Path(edgekit_runtime.__file__).parent)
@@ -138,6 +142,26 @@ def test_a_bundle_that_fails_its_trial_changes_nothing_and_is_refused_after_thre
         install(root, bad, allow_older=True)
 
 
+def test_a_limit_holds_for_the_processor_it_was_measured_on(make, tmp_path) -> None:
+    here = {"arch": platform.machine(), "cpu": cpu_name(), "latency_ns": 1}
+    with pytest.raises(TargetError, match="the bundle's limit is"):
+        install(tmp_path / "root", make(1, expected={"limits": here}))
+    for number, (key, other) in enumerate((("cpu", "Another"), ("arch", "aarch65"))):
+        limits = {**here, key: other}
+        trial = install(tmp_path / "root", make(2 + number, expected={"limits": limits})).trial
+        assert trial["unused_limits"] == f"latency: measured on {other}"
+
+
+def test_limits_are_made_of_what_was_measured_on_a_processor_with_a_name() -> None:
+    where = {"target": "local", "arch": "x86_64"}
+    made = latency_limits({"p50": 1_000_000, "label": "measured"}, where)["limits"]
+    assert made["latency_ns"] == 5_100_000 and made["cpu"] == cpu_name()
+    assert latency_limits({"p50": 1_000_000, "label": "simulated"}, where) == {}
+    assert latency_limits({"p50": 1_000_000, "label": "measured"}, {"target": "ssh://x"}) == {}
+    named = {"target": "ssh://x", "arch": "aarch64", "cpu_id": "implementer 0x41 part 0xd08"}
+    assert latency_limits({"p50": 1, "label": "measured"}, named)["limits"]["arch"] == "aarch64"
+
+
 def test_an_older_one_needs_to_be_asked_for(make, tmp_path) -> None:
     root = tmp_path / "root"
     install(root, make(2))
@@ -167,24 +191,63 @@ def test_a_bundle_for_another_processor_is_not_even_sent(make, tmp_path) -> None
         install(tmp_path / "root", make(1, machines=("riscv64",)))
 
 
-def test_flipped_bits_and_crafted_archives_reach_no_device(make, tmp_path) -> None:
-    root, good = tmp_path / "root", make(1).read_bytes()
-    bad = tmp_path / "bad.edgekit"
+def test_flipped_bits_and_crafted_archives_reach_no_engine_and_no_device(
+    make, tmp_path, monkeypatch
+) -> None:
+    root, good, bad = tmp_path / "root", make(1).read_bytes(), tmp_path / "bad.edgekit"
     rng = np.random.default_rng(3)
-    cases = []
+    cases = archives(good)
+    assert len(cases) >= 60
     for place in rng.integers(0, len(good), 60):
         data = bytearray(good)
         data[place] ^= 1 << int(rng.integers(8))
-        cases.append(bytes(data))
-    names = ("../x", "/etc/x", "a//b", "a/../../b", ".hidden")
-    cases += [archive([(MANIFEST, b"{}"), (name, b"x")]) for name in names]
-    cases += [b"", good[:-1], good + b"x", b"PK\x05\x06" + bytes(18)]
+        cases.append((f"bit at {place}", bytes(data)))
+    given: list[str] = []
+    monkeypatch.setattr(source, "load_engine", lambda name, *_: given.append(name))
     with device(root) as made:
-        for data in cases:
+        for what, data in cases:
             bad.write_bytes(data)
-            with pytest.raises(UsageError):
-                deploy(bad, made)
-        assert made.ask("status")["versions"] == []
+            for action in (lambda: deploy(bad, made), lambda: load(bad)):
+                with pytest.raises(UsageError) as caught:
+                    action()
+                assert "\n" not in str(caught.value) and str(bad) in str(caught.value), what
+        assert made.ask("status")["versions"] == [] and given == []
+
+
+def test_a_file_swapped_while_it_is_loaded_is_not_loaded_unverified(
+    make, tmp_path, monkeypatch
+) -> None:
+    good = make(1, extra=np.random.default_rng(7).bytes(500_000)).read_bytes()
+    evil, path = bytearray(good), tmp_path / "there.edgekit"
+    where = good.index(b"\x32", 300_000)  # inside the model
+    evil[where] ^= 1
+    given: list[bytes] = []
+    real = source.load_engine
+
+    def kept(name: str, files: dict[str, bytes], *rest: Any) -> Any:
+        given.extend(files.values())
+        return real(name, files, *rest)
+
+    monkeypatch.setattr(source, "load_engine", kept)
+    refused = 0
+    for number in range(30):
+        path.write_bytes(good)
+        swap = threading.Timer(number / 10_000, overwrite, (path, where, evil[where]))
+        swap.start()
+        try:
+            load(path).close()
+        except BundleError as error:
+            assert "is damaged: SHA-256" in str(error)
+            refused += 1
+        swap.join()
+    assert refused + len(given) == 30 and len(set(given)) <= 1
+    assert given, "some were loaded before"
+
+
+def overwrite(path: Path, where: int, byte: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(bytes([byte]))
 
 
 def test_two_at_once_and_the_second_is_told_whose(make, tmp_path) -> None:
