@@ -155,7 +155,7 @@ def test_a_network_cut_at_any_byte_is_one_line(make, tmp_path, server, capfd) ->
     with Link(server.port) as link:
         install(root, new, connect(server.knows(link.port)))
         total = link.bytes
-    for offset in np.random.default_rng(5).integers(0, total, 6):
+    for offset in np.random.default_rng(5).integers(0, total, 4):
         shutil.rmtree(root)
         shutil.copytree(start, root)
         with Link(server.port, int(offset)) as link:
@@ -164,6 +164,17 @@ def test_a_network_cut_at_any_byte_is_one_line(make, tmp_path, server, capfd) ->
             assert "\n" not in str(caught.value) and caught.value.exit_code == 4
         assert_repaired(root, old, new)
     assert capfd.readouterr().err == "", "no library says anything"
+
+
+def test_the_same_bundle_again_costs_less_than_64_kb_on_the_wire(make, tmp_path, server) -> None:
+    path = make(1, extra=np.random.default_rng(0).bytes(1_000_000))
+    sent = []
+    for state in ("new", "active"):
+        with Link(server.port) as link:
+            done = install(tmp_path / "root", path, connect(server.knows(link.port)))
+            assert done.state == state
+            sent.append(link.bytes)
+    assert sent[0] > path.stat().st_size and sent[1] < 64_000
 
 
 # --- the host falls silent, or dies ---------------------------------------------------------------
