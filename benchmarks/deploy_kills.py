@@ -67,8 +67,8 @@ class Place:
     def install(self, bundle: Path, python: str | None = None) -> float:
         start = time.monotonic()
         with Device(self.transport, "m", root=self.root, python=python or self.python) as made:
-            self.runtime = f"{made.folder}/{made.runtime}"
             deploy(bundle, made)
+            self.runtime = f"{made.folder}/{made.runtime}"
         return time.monotonic() - start
 
     def look(self) -> dict[str, object]:
@@ -110,7 +110,8 @@ def main() -> None:
         place.install(args.old)
         place.shell(f"mv {place.root} {place.folder}/start")
         todo = points(place, args.new)
-        sampled = todo[:: max(1, -(-len(todo) // args.most))]
+        count = min(args.most, len(todo))
+        sampled = [todo[number * len(todo) // count] for number in range(count)]
         outcomes: Counter[str] = Counter()
         taken, faults = [], []
         for call, number in sampled:

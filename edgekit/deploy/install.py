@@ -30,7 +30,7 @@ from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
 from edgekit_runtime.source import processing
 
-__all__ = ["Device", "Installed", "deploy", "send"]
+__all__ = ["Checked", "Device", "Installed", "checked", "deploy", "send"]
 
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
 _START_S, _ANSWER_S, _TRIAL_S = 60.0, 120.0, 150.0
@@ -56,6 +56,30 @@ place,text=zlib.decompress(b).decode().split(chr(0))
 module('edgekit_runtime.place',place)
 sys.exit(module('edgekit_runtime.installer',text).main(sys.argv[1:]))
 """
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A bundle that is sound."""
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+    size_bytes: int
+
+
+def checked(path: Path) -> Checked:
+    """Verify a bundle; hashing a large one takes a while, which a thread may have while a device
+    is connected.
+
+    Raises:
+        BundleError: it is no sound bundle.
+    """
+    with Bundle(path) as bundle:
+        bundle.verify()
+        manifest = bundle.manifest
+        processing(manifest)
+    return Checked(path, manifest, file_sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -192,7 +216,7 @@ class Device:
 
 
 def deploy(
-    path: Path,
+    bundle: Path | Checked,
     device: Device,
     *,
     allow_older: bool = False,
@@ -208,12 +232,9 @@ def deploy(
         TargetError: the trial failed, or the device did; what was active still is.
     """
     observer = observer or Observer()
-    with Bundle(path) as bundle:
-        bundle.verify()
-        manifest = bundle.manifest
-        processing(manifest)
-    _fits(path, manifest, device.facts, any_profile=any_profile)
-    sha256, size = file_sha256(path), path.stat().st_size
+    one = checked(bundle) if isinstance(bundle, Path) else bundle
+    manifest, sha256, size = one.manifest, one.sha256, one.size_bytes
+    _fits(one.path, manifest, device.facts, any_profile=any_profile)
     file = f"{manifest.sequence}-{manifest.bundle_id}.edgekit"
     state = device.ask("begin", file=file, sha256=sha256, size=size, allow_older=allow_older)
     if state["state"] == "active":
@@ -221,7 +242,7 @@ def deploy(
     sent = 0
     if state["state"] == "wanted":
         observer.phase("sending what the device lacks")
-        sent = send(path, sha256, device, fresh=state["fresh"], observer=observer)
+        sent = send(one, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
     device.bring()
     done = device.ask(
@@ -232,20 +253,17 @@ def deploy(
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(
-    path: Path, sha256: str, device: Device, *, fresh: bool, observer: Observer | None = None
-) -> int:
+def send(bundle: Checked, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
     """Send the chunks of a bundle that the device lacks (of a `fresh` one all); returns the bytes
     of them. The file is cut while what was cut before is on its way.
 
     Raises:
-        BundleError: the file is not what it was when it was hashed.
+        BundleError: the file is not what it was when it was checked.
         TargetError: the device refuses, or is lost.
     """
     observer = observer or Observer()
-    total, done, sent, unheard = path.stat().st_size, 0, 0, 0
-    digest = hashlib.sha256()
-    with _ahead(_segments(path)) as segments:
+    done, sent, unheard = 0, 0, 0
+    with _ahead(_segments(bundle)) as segments:
         for segment in segments:
             pieces = segment
             if not fresh:
@@ -258,14 +276,10 @@ def send(
             if unheard > (1 if fresh else 0):  # one on its way while the next is made ready
                 device.hear()
                 unheard -= 1
-            for _, held in segment:
-                digest.update(held)
-                done += len(held)
-            observer.progress("kB", done // 1000, total // 1000)
+            done += sum(one.size_bytes for one, _ in segment)
+            observer.progress("kB", done // 1000, bundle.size_bytes // 1000)
     for _ in range(unheard):
         device.hear()
-    if digest.hexdigest() != sha256:
-        raise BundleError(f"{path} changed while it was sent; nothing was activated")
     return sent
 
 
@@ -276,14 +290,19 @@ def _listed(segment: _Segment) -> list[list[Any]]:
     return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
 
 
-def _segments(path: Path) -> Iterator[_Segment]:
+def _segments(bundle: Checked) -> Iterator[_Segment]:
     found: _Segment = []
-    with path.open("rb") as file:
-        for piece in chunks_in(file):
-            found.append(piece)
-            if sum(one.size_bytes for one, _ in found) >= _SEGMENT:
+    digest, size = hashlib.sha256(), 0
+    with bundle.path.open("rb") as file:
+        for one, held in chunks_in(file):
+            digest.update(held)
+            found.append((one, held))
+            size += one.size_bytes
+            if size >= _SEGMENT:
                 yield found
-                found = []
+                found, size = [], 0
+    if digest.hexdigest() != bundle.sha256:
+        raise BundleError(f"{bundle.path} changed while it was sent; nothing was activated")
     if found:
         yield found
 
