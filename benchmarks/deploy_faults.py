@@ -1,6 +1,6 @@
 """Deploys while things go wrong, many times over; counts what is left.
 
-python benchmarks/deploy_faults.py host|cuts|disk|flips|archives|swaps [--times N]
+python benchmarks/deploy_faults.py host|cuts|disk|flips|archives|swaps|bad [--times N]
 
 host      the command is killed at a random moment (30)
 cuts      the network is cut at a random byte, one in ten silently (100; an ssh server in here)
@@ -8,6 +8,8 @@ disk      a disk that is full to 0, 1, ... 99 % (100; root)
 flips     one bit of a bundle flipped (2,000): refused here, and by the runtime
 archives  crafted archives (60): refused here, and by the runtime, each with its reason
 swaps     the file replaced by a damaged one while it is verified and loaded (200)
+bad       sound bundles of models that are not: NaN, wrong golden, over memory, ten times slower
+          than promised; three tries each, and a fourth
 """
 
 import argparse
@@ -34,14 +36,18 @@ import numpy as np
 from deploy_bundles import maker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from deployable import Maker, scaled
 from hostile import archives
 from ssh_home import Link, Server
 
 import edgekit_runtime.source
+from edgekit.bundle import latency_limits
 from edgekit.deploy import Transport, connect
 from edgekit.deploy.install import Device, deploy
 from edgekit.errors import EdgeKitError, TargetError
 from edgekit_runtime import load, open_installed
+from edgekit_runtime.machine import machine_name
+from edgekit_runtime.timing import sample, summary
 
 
 class Stage:
@@ -299,10 +305,66 @@ def swaps(work: Path, times: int) -> dict[str, Any]:
     return {"tries": times, **seen, "unverified loads": unverified}
 
 
+def chain(layers: int) -> bytes:
+    """x (N, 4) -> y (N, 3) through so many products with a matrix of 512 x 512 (ONNX)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    sizes = {"first": (4, 512), "again": (512, 512), "last": (512, 3)}
+    held = [
+        numpy_helper.from_array(rng.normal(0, 0.04, size).astype(np.float32), name)
+        for name, size in sizes.items()
+    ]
+    names = ["first", *["again"] * layers, "last"]
+    through = ["x", *(f"t{number}" for number in range(len(names) - 1)), "y"]
+    nodes = [
+        helper.make_node("MatMul", [through[number], name], [through[number + 1]])
+        for number, name in enumerate(names)
+    ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width])]
+        for name, width in (("x", 4), ("y", 3))
+    )
+    graph = helper.make_graph(nodes, "chain", inputs, outputs, held)
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+
+
+def bad(work: Path, _: int) -> dict[str, Any]:
+    stage = Stage(work)
+    stage.reset()
+    promised, slow = (Maker(chain(layers), work / f"chain{layers}") for layers in (20, 200))
+    with load(promised.folder / "plain.onnx") as session:
+        quick = summary(sample(lambda: session.run({"x": promised.inputs[0]}), 50))
+    limits = latency_limits(quick, {"target": "local", "arch": machine_name()})
+    cases = {
+        "NaN": stage.make(11, model=scaled(stage.make.model, float("nan"))),
+        "wrong golden": stage.make(12, off=0.1),
+        "over memory": stage.make(13, memory_bytes=1_000_000),
+        "ten times slower": slow(14, expected=limits),
+    }
+    sound = promised(15, expected=limits)
+    found: dict[str, Any] = {}
+    for what, bundle in cases.items():
+        said, taken = [], []
+        for _number in range(4):
+            start = time.monotonic()
+            try:
+                stage.install(bundle)
+                stage.faults.append([what, "taken"])
+            except TargetError as error:
+                said.append(str(error))
+            taken.append(round(time.monotonic() - start, 2))
+            stage.look(what, again=False)
+        found[what] = {"says": said[0], "fourth": said[3], "seconds": taken}
+    return {**found, "as fast as promised": stage.install(sound).state, **stage.report()}
+
+
 def main() -> None:
     kinds = {
         "host": (host, 30), "cuts": (cuts, 100), "disk": (disk, 100), "flips": (flips, 2000),
         "archives": (crafted, 60), "swaps": (swaps, 200),
+        "bad": (bad, 1),
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=kinds)

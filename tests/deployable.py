@@ -1,6 +1,5 @@
 """Bundles of a small linear model, sound and with faults, for deploying."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,17 @@ def documented(text: bytes) -> bytes:
     return b"\x32" + length + bytes([size]) + words
 
 
-def other_linear(small_model: Callable[[str, str], Path]) -> bytes:
-    """The linear model with other weights: it answers differently."""
+def scaled(model: bytes, factor: float) -> bytes:
+    """The model with its weights multiplied: it answers differently."""
     import onnx
     from onnx import numpy_helper
 
-    model = onnx.load(small_model("onnxruntime", "linear"))
-    for one in model.graph.initializer:
-        changed = numpy_helper.to_array(one)
-        if changed.dtype == np.float32:
-            one.CopyFrom(numpy_helper.from_array(changed * np.float32(2), one.name))
-    return bytes(model.SerializeToString())
+    made = onnx.load_from_string(model)
+    for one in made.graph.initializer:
+        weights = numpy_helper.to_array(one)
+        if weights.dtype == np.float32:
+            one.CopyFrom(numpy_helper.from_array(weights * np.float32(factor), one.name))
+    return bytes(made.SerializeToString())
 
 
 class Maker:

@@ -33,8 +33,8 @@ from edgekit_runtime.source import processing
 __all__ = ["Checked", "Device", "Installed", "checked", "deploy", "send"]
 
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
-_START_S, _ANSWER_S, _TRIAL_S = 60.0, 120.0, 150.0
-_TRY_S = 120
+_START_S, _ANSWER_S = 60.0, 120.0
+_TRY_S = 300  # of a trial: emulated boards on a busy machine take a minute
 _BEAT_S = 5.0  # the device gives up a host it has not heard of for 20 s
 #: runs what comes on stdin: nothing is to be put there before, and one start of Python is enough
 _BOOT = """import os,sys
@@ -247,7 +247,7 @@ def deploy(
     device.bring()
     done = device.ask(
         "commit", file=file, sha256=sha256, trial=device.trial(max_latency_ns),
-        timeout_s=_TRIAL_S,
+        limit_s=_TRY_S, timeout_s=_TRY_S + _START_S,
     )  # fmt: skip
     kind = "new" if state["state"] == "wanted" else "installed"
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])

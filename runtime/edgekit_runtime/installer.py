@@ -264,7 +264,7 @@ class Desk:
         return {}
 
     def commit(
-        self, *, file: str, sha256: str, trial: List[str], timeout_s: float = 120.0
+        self, *, file: str, sha256: str, trial: List[str], limit_s: float = 300.0
     ) -> Dict[str, Any]:
         """Try what came, or is there, keep it and activate it."""
         place = self.place
@@ -279,7 +279,7 @@ class Desk:
         command = [one.replace("{bundle}", self._part or here) for one in trial]
         if active:
             command += ["--active", f"{place.versions}/{active}"]
-        verdict = _try(command, timeout_s, self._wire)
+        verdict = _try(command, limit_s, self._wire)
         if not verdict.get("ok"):
             self._failed(sha256, str(verdict.get("why")), bundles=verdict.get("code") != 3)
         if self._part:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import bundle, make_manifest
-from deployable import Maker, other_linear
+from deployable import Maker, scaled
 from hostile import archives
 from service_story import Story
 
@@ -76,12 +76,10 @@ def test_what_was_deployed_is_what_a_program_opens_and_rollback_goes_back(make, 
         assert session.manifest is not None and session.manifest.sequence == 1
 
 
-def test_a_service_answers_all_the_time_while_versions_change(make, small_model, tmp_path) -> None:
+def test_a_service_answers_all_the_time_while_versions_change(make, tmp_path) -> None:
     with connect("local") as here:
         story = Story(here, sys.executable, str(tmp_path / "root"), "m")
-        assert (
-            story.tell(make, Maker(other_linear(small_model), tmp_path / "second"))["answers"] > 9
-        )
+        assert story.tell(make, Maker(scaled(make.model, 2), tmp_path / "second"))["answers"] > 9
 
 
 def test_the_same_bundle_again_sends_nothing_and_a_changed_one_only_its_change(
@@ -117,7 +115,7 @@ def test_chunks_cover_a_file_and_an_insertion_moves_few(tmp_path) -> None:
     ("fault", "says"),
     [
         ({"off": 0.5}, "golden output 'y'"),
-        ({"off": float("nan")}, "golden output 'y': NaN"),
+        ({"factor": float("nan")}, "golden output 'y': NaN"),
         ({"expected": {"limits": {"latency_ns": 1}}}, "the bundle's limit is"),
         ({"memory_bytes": 1000}, "of memory, the bundle says"),
     ],
@@ -127,6 +125,8 @@ def test_a_bundle_that_fails_its_trial_changes_nothing_and_is_refused_after_thre
 ) -> None:
     root = tmp_path / "root"
     good = install(root, make(1)).file
+    if "factor" in fault:
+        fault = {"model": scaled(make.model, fault["factor"])}
     bad = make(2, **fault)
     for number in (1, 2, 3):
         with pytest.raises(TargetError, match=says) as caught:

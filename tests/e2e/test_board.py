@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from deployable import Maker, other_linear
+from deployable import Maker, scaled
 from service_story import Story
 
 from edgekit.deploy import connect, lab
@@ -63,10 +63,8 @@ def test_deployed_used_and_rolled_back(board, make) -> None:
         assert made.ask("rollback")["active"] == first.file
 
 
-def test_a_service_answers_all_the_time_while_versions_change(
-    board, make, small_model, tmp_path
-) -> None:
-    second = Maker(other_linear(small_model), tmp_path / "second", profiles=("raspberry-pi-4",))
+def test_a_service_answers_all_the_time_while_versions_change(board, make, tmp_path) -> None:
+    second = Maker(scaled(make.model, 2), tmp_path / "second", profiles=("raspberry-pi-4",))
     with connect(board.target) as there:
         story = Story(there, board.python, "/home/pi/service", "keywords")
         assert story.tell(make, second)["answers"] > 9
