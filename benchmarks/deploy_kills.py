@@ -1,6 +1,6 @@
 """Kills the installer at its state-changing system calls, and looks at what is left.
 
-python benchmarks/deploy_kills.py BUNDLE_OLD BUNDLE_NEW [--most N] [--to TARGET --python PYTHON --quick]
+python benchmarks/deploy_kills.py OLD NEW [--most N] [--to TARGET --python PYTHON --quick]
 
 With --quick the trial is `echo` and no engine is asked: emulated machines take a minute for either.
 strace must be there, and a kernel that traces (the emulated machine of the lab is one, its boards
@@ -149,7 +149,8 @@ def main() -> None:
                 faults.append((call, number, "after the next deploy", after))
         place.shell(f"rm -rf {place.folder}")
     answer = {
-        "target": args.to, "quick": args.quick, "calls": len(todo), "tried": len(sampled), **outcomes,
+        "target": args.to, "quick": args.quick, "calls": len(todo), "tried": len(sampled),
+        **outcomes,
         "next_deploy_s": {"median": round(sorted(taken)[len(taken) // 2], 2),
                           "slowest": round(max(taken), 2)},
         "faults": faults,

@@ -207,12 +207,19 @@ class Device:
         try:
             yield
         except Ended as error:
-            if error.code not in (126, 127):
-                raise
-            raise TargetError(
-                f"{self.transport.target}: no {self.python} there; install Python 3.9 or newer, or "
-                "name one with --python"
-            ) from None
+            where = self.transport.target
+            if error.code in (126, 127):
+                raise TargetError(
+                    f"{where}: no {self.python} there; install Python 3.9 or newer, or name one "
+                    "with --python"
+                ) from None
+            if error.code:
+                words = str(error).replace(f"{where}: ", "", 1)
+                raise TargetError(
+                    f"{where}: {self.python} does not run as Python 3.9 or newer does: {words}; "
+                    "name another with --python"
+                ) from None
+            raise
 
 
 def deploy(

@@ -258,9 +258,16 @@ def test_two_at_once_and_the_second_is_told_whose(make, tmp_path) -> None:
         assert second.ask("status")["active"] is None, "looking is always allowed"
 
 
-@pytest.mark.parametrize("python", ["no-such-python", "/bin/false"])
-def test_no_python_there_is_one_line(tmp_path, python) -> None:
-    with pytest.raises(TargetError) as caught, device(tmp_path, python=python):
+@pytest.mark.parametrize(
+    ("python", "says"),
+    [
+        ("no-such-python", "no no-such-python there; install Python 3.9 or newer"),
+        ("/bin/false", "does not run as Python 3.9 or newer does"),
+        ("/bin/cat", "does not run as Python 3.9 or newer does"),
+    ],
+)
+def test_no_python_there_is_one_line(tmp_path, python, says) -> None:
+    with pytest.raises(TargetError, match=says) as caught, device(tmp_path, python=python):
         pass
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
 
