@@ -328,7 +328,7 @@ def along(
         )
     versions = tool_versions(edge.distributions)
     key = content_key(
-        kind="edge", recipe=3, edge=edge.function, source=artifact.sha256, tools=versions,
+        kind="edge", recipe=4, edge=edge.function, source=artifact.sha256, tools=versions,
         options=options, # Python code may read anything, so its hash is not its content
         nonce=time.time_ns() if artifact.format == "torch" else None,
     )  # fmt: skip

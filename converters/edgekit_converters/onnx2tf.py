@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import ModelError, UsageError, one_line, require
+from edgekit.tflite_file import read_tflite, write_tflite
 from edgekit_converters.onnx import clean_up
 from edgekit_converters.onnx2tf_graph import plain_graph
 from edgekit_converters.onnx_files import load_model
+from edgekit_converters.tflite_flatten import fold_flatten
 
 __all__ = ["from_onnx"]
 
@@ -146,7 +148,7 @@ def _convert(cleaned: Path, folder: Path, recipe: str) -> bytes:
     found = sorted(folder.glob("*_float32.tflite"))
     if not found:
         raise ModelError("onnx2tf wrote no float32 model")
-    return _named(found[0].read_bytes(), *interface)
+    return _finished(found[0].read_bytes(), *interface)
 
 
 def _check(cleaned: Path, made: bytes) -> None:
@@ -196,20 +198,18 @@ def _inputs(session: Any, random: Any) -> dict[str, Any]:
     return feed
 
 
-def _named(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
+def _finished(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
     """Give the model the signature it lost: onnx2tf keeps the order, but names outputs anew."""
     schema = require("ai_edge_litert.schema_py_generated", extra="tflite-convert")
-    flatbuffers = require("flatbuffers", extra="tflite-convert")
-    model = schema.ModelT.InitFromPackedBuf(bytearray(tflite), 0)
+    model = read_tflite(tflite, extra="tflite-convert")
+    fold_flatten(model)
     graph = model.subgraphs[0]
     signature = schema.SignatureDefT()
     signature.signatureKey, signature.subgraphIndex = "serving_default", 0
     signature.inputs = _name_tensors(schema, graph, graph.inputs, inputs)
     signature.outputs = _name_tensors(schema, graph, graph.outputs, outputs)
     model.signatureDefs = [signature]
-    builder = flatbuffers.Builder(1 << 20)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return write_tflite(model, extra="tflite-convert")
 
 
 def _name_tensors(schema: Any, graph: Any, tensors: Any, names: list[str]) -> list[Any]:

@@ -136,7 +136,8 @@ def _macs(
     kind: str, node: Any, fixed: dict[str, list[int]], given: list[Any], shapes: list[list[int]]
 ) -> int | None:
     """From the shapes: an output element of a convolution takes one per weight of its filter, of a
-    product as many as the dimension summed over."""
+    product as many as the dimension summed over. Channels that were added to fill the vectors of
+    the CPU are computed, too, and counted."""
     if kind not in _WEIGHTS:
         return 0
     place = _WEIGHTS[kind]

@@ -10,6 +10,7 @@ from edgekit.artifact import open_model
 from edgekit.cache import Cache
 from edgekit.convert import convert
 from edgekit.errors import EdgeKitError
+from edgekit.graph import read_graph
 from edgekit_runtime import load
 
 TARGETS = [
@@ -59,6 +60,27 @@ def test_exact_gelu_reaches_every_engine(target, tmp_path, cache) -> None:
     with load(made.path) as session:
         found = session.run({"x": x})["y"]
     np.testing.assert_allclose(found[0], [math.erf(float(v)) for v in x[0]], atol=1e-6)
+
+
+@pytest.mark.needs("onnx2tf")
+@pytest.mark.needs("tensorflow")
+@pytest.mark.parametrize("shared", [False, True])
+def test_channels_are_not_turned_back_before_a_product(shared, tmp_path, cache) -> None:
+    """NCHW, flattened, times weights: the order of the rows goes into the weights, unless
+    something else takes the flattened tensor, too."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(small_cnn(tmp_path / "cnn.onnx"))
+    if shared:
+        model.graph.node.append(onnx.helper.make_node("Identity", ["f"], ["flat"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("flat", 1, ["N", 72]))
+        onnx.save(model, tmp_path / "cnn.onnx")
+    made = convert(open_model(tmp_path / "cnn.onnx"), "tflite", cache=cache)
+    kinds = [one.type for one in read_graph(made.path).operators]
+    assert ("TRANSPOSE" in kinds) == shared
+    images = np.random.default_rng(0).normal(size=(1, 1, 12, 12)).astype(np.float32)
+    with load(made.path) as session:
+        found = session.run({"image": images})["scores"]
+    np.testing.assert_allclose(found, cnn_scores(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
