@@ -22,7 +22,7 @@ __all__ = ["SshTransport"]
 _CONNECT_S = 30.0
 _KEEPALIVE_S = 5.0  # three unanswered ones end the connection: a cut is noticed in 15 s
 _WRITE_S = 60.0
-_PIECE = 128 << 10  # of a write: asyncio logs the fifth packet (of 32 kB) into a lost link
+_PIECE = 32 << 10  # of a write, a packet: asyncio logs the fifth one into a lost link
 _T = TypeVar("_T")
 
 
