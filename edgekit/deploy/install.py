@@ -35,6 +35,7 @@ __all__ = ["Checked", "Device", "Installed", "checked", "deploy", "send"]
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
 _START_S, _ANSWER_S = 60.0, 120.0
 _TRY_S = 300  # of a trial: emulated boards on a busy machine take a minute
+_SLOWEST = 1e6  # bytes a second, of a small board's disk
 _BEAT_S = 5.0  # the device gives up a host it has not heard of for 20 s
 #: runs what comes on stdin: nothing is to be put there before, and one start of Python is enough
 _BOOT = """import os,sys
@@ -243,7 +244,11 @@ def deploy(
     manifest, sha256, size = one.manifest, one.sha256, one.size_bytes
     _fits(one.path, manifest, device.facts, any_profile=any_profile)
     file = f"{manifest.sequence}-{manifest.bundle_id}.edgekit"
-    state = device.ask("begin", file=file, sha256=sha256, size=size, allow_older=allow_older)
+    slow_s = size / _SLOWEST
+    state = device.ask(
+        "begin", file=file, sha256=sha256, size=size, allow_older=allow_older,
+        timeout_s=_ANSWER_S + slow_s,
+    )  # fmt: skip
     if state["state"] == "active":
         return Installed(device.name, file, None, "active", size, 0, {})
     sent = 0
@@ -254,7 +259,7 @@ def deploy(
     device.bring()
     done = device.ask(
         "commit", file=file, sha256=sha256, trial=device.trial(max_latency_ns),
-        limit_s=_TRY_S, timeout_s=_TRY_S + _START_S,
+        limit_s=_TRY_S, timeout_s=_TRY_S + _START_S + slow_s,
     )  # fmt: skip
     kind = "new" if state["state"] == "wanted" else "installed"
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])

@@ -46,6 +46,7 @@ MAX_TRIES = 3
 _IDLE_S = 20.0  # a host that was cut off does not say so; one that lives says something every 5 s
 _MAX_CHUNK = 1 << 20
 _SPARE = 1 << 20  # of disk, for what is not the bundle
+_SLOWEST = 1e6  # bytes a second that an old card writes
 
 
 class _Gone(Exception):  # noqa: N818
@@ -229,6 +230,7 @@ class Desk:
         wanted = []
         with open(self._part, "r+b", 0) as part:
             for number, (sha, offset, size) in enumerate(chunks):
+                self._wire.alive([], 0)
                 if not self._empty and _chunk(self._part, offset, size, sha) is not None:
                     self._got[offset] = (sha, size)
                     continue
@@ -270,11 +272,12 @@ class Desk:
         place = self.place
         active, _ = place.state()
         here = f"{place.versions}/{file}"
+        if self._lock is None or not is_version(file):
+            raise Refused("it was not begun", 2)
         if self._part:
             self._whole()
+            self._lock.heard(self._size / _SLOWEST)
             sync(self._part)
-        elif self._lock is None or not is_version(file):
-            raise Refused("it was not begun", 2)
         self._note("trial", file, sha256)
         command = [one.replace("{bundle}", self._part or here) for one in trial]
         if active:
@@ -370,10 +373,15 @@ class Desk:
         store(self.place.journal, facts, durable=False)
 
     def _same(self, file: str, sha256: str) -> bool:
+        digest, buffer = sha256_of(), memoryview(bytearray(1 << 20))
         try:
-            return _hash(f"{self.place.versions}/{file}") == sha256
+            with open(f"{self.place.versions}/{file}", "rb", 0) as there:
+                while count := there.readinto(buffer):
+                    digest.update(buffer[:count])
+                    self._wire.alive([], 0)
         except FileNotFoundError:
             return False
+        return bool(digest.hexdigest() == sha256)
 
     def _room(self) -> None:
         there = 0 if self._empty else os.stat(self._part).st_blocks * 512
@@ -398,16 +406,6 @@ class Desk:
                 except (ValueError, TypeError):
                     continue
         return found
-
-
-def _hash(path: str) -> str:
-    digest, buffer = sha256_of(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", 0) as file:
-        while True:
-            count = file.readinto(buffer)
-            if not count:
-                return str(digest.hexdigest())
-            digest.update(buffer[:count])
 
 
 def _plain(path: str) -> bool:
