@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["MAX_TRIES", "Desk", "Wire", "main"]
 
 MAX_TRIES = 3
-_IDLE_S = 20.0  # a host that was cut off does not say so; one that lives says something every 5 s
+#: a host that was cut off does not say so; one that lives says something every 5 s, at least while
+#: others would have to wait for it
+_IDLE_S, _PATIENT_S = 20.0, 600.0
 _MAX_CHUNK = 1 << 20
 _SPARE = 1 << 20  # of disk, for what is not the bundle
 _SLOWEST = 1e6  # bytes a second that an old card writes
@@ -58,7 +60,7 @@ class Wire:
 
     def __init__(self, handle: int = 0) -> None:
         self._handle, self._pending = handle, bytearray()
-        self._heard = time.monotonic()
+        self._heard, self.idle_s = time.monotonic(), _PATIENT_S
         self.on_heard: Callable[[], None] = lambda: None
 
     def line(self) -> bytes:
@@ -79,7 +81,7 @@ class Wire:
         del self._pending[:have]
         view = view[have:]
         while view:
-            self._wait(_IDLE_S)
+            self._wait(self.idle_s)
             count = os.readv(self._handle, [view])
             if not count:
                 raise _Gone
@@ -90,12 +92,12 @@ class Wire:
         ready = self._ready([self._handle, *others], wait_s)
         if self._handle in ready:
             self._pending += self._read(1 << 16)
-        elif time.monotonic() - self._heard > _IDLE_S:
+        elif time.monotonic() - self._heard > self.idle_s:
             raise _Gone
         return [one for one in ready if one != self._handle]
 
     def _read(self, most: int) -> bytes:
-        self._wait(_IDLE_S)
+        self._wait(self.idle_s)
         data = os.read(self._handle, most)
         if not data:
             raise _Gone
@@ -332,7 +334,7 @@ class Desk:
         if self._lock is None:
             self.place.make()
             self._lock = Lock(self.place, self._owner)
-            self._wire.on_heard = self._lock.heard
+            self._wire.on_heard, self._wire.idle_s = self._lock.heard, _IDLE_S
 
     def _write(self, handle: int, data: memoryview, sha: str, offset: int) -> None:
         size = len(data)

@@ -236,10 +236,14 @@ def test_a_program_that_installs_is_not_taken_for_a_silent_host(tmp_path, monkey
     place.Lock(where, "another").close()
 
 
-def test_the_device_gives_up_a_silent_host_by_itself(monkeypatch) -> None:
-    monkeypatch.setattr(installer, "_IDLE_S", 0.3)
+def test_the_device_gives_up_a_silent_host_by_itself(tmp_path) -> None:
     reading, writing = os.pipe()
     wire = installer.Wire(reading)
+    desk = installer.Desk(place.Place(str(tmp_path), "m"), "somebody", wire)
+    before = wire.idle_s
+    desk.begin(file=f"1-{1:032x}.edgekit", sha256="0" * 64, size=10)
+    assert wire.idle_s < before, "others would have to wait now"
+    wire.idle_s = 0.3
     os.write(writing, b"\n\n{}\n\n")
     assert wire.line() == b"{}"
     began = time.monotonic()
