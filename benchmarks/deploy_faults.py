@@ -46,6 +46,7 @@ from edgekit.deploy import Transport, connect
 from edgekit.deploy.install import Device, deploy
 from edgekit.errors import EdgeKitError, TargetError
 from edgekit_runtime import load, open_installed
+from edgekit_runtime.bundle import Bundle
 from edgekit_runtime.machine import machine_name
 from edgekit_runtime.timing import sample, summary
 
@@ -274,35 +275,75 @@ def swaps(work: Path, times: int) -> dict[str, Any]:
     edgekit_runtime.source.load_engine = kept  # type: ignore[assignment]
     with zipfile.ZipFile(io.BytesIO(good)) as opened:
         right = opened.read("a/model.onnx")
-    taken = []
-    for _ in range(5):
-        start = time.monotonic()
-        load(stage.new).close()
-        taken.append(time.monotonic() - start)
+
+    def swap(number: int, delay_s: float) -> None:
+        time.sleep(delay_s)
+        if number % 2:
+            other.write_bytes(evil)
+            other.replace(path)
+        else:
+            with path.open("r+b") as file:
+                file.seek(where)
+                file.write(evil[where : where + 1])
+
+    moments = [*_moments(stage.new), None]  # None: at a random time, in a thread
     for number in range(times):
         path.write_bytes(good)
-        delay = random.Random(number).uniform(0, min(taken))
-
-        def swap(number: int = number, delay: float = delay) -> None:
-            time.sleep(delay)
-            if number % 2:
-                other.write_bytes(evil)
-                other.replace(path)
+        moment = moments[number // 2 % len(moments)]
+        thread = threading.Thread(target=swap, args=(number, random.Random(number).random() / 200))
+        with contextlib.ExitStack() as over:
+            if moment is None:
+                thread.start()
+                over.callback(thread.join)
             else:
-                with path.open("r+b") as file:
-                    file.seek(where)
-                    file.write(evil[where : where + 1])
-
-        thread = threading.Thread(target=swap)
-        thread.start()
-        try:
-            with load(path):
-                seen["loaded, verified"] += 1
-        except EdgeKitError:
-            seen["refused"] += 1
-        thread.join()
+                over.enter_context(_afterwards(*moment, lambda number=number: swap(number, 0)))
+            try:
+                load(path).close()
+                seen[f"loaded, verified ({_called(moment)})"] += 1
+            except EdgeKitError:
+                seen[f"refused ({_called(moment)})"] += 1
     unverified = sum(one != right for one in given)
     return {"tries": times, **seen, "unverified loads": unverified}
+
+
+def _moments(path: Path) -> list[tuple[str, int]]:
+    """Each read of the bundle's files while it is loaded: (method, its number)."""
+    count: Counter[str] = Counter()
+    with contextlib.ExitStack() as over:
+        for name in ("_stored", "_stream_hash", "verify"):
+            real = getattr(Bundle, name)
+
+            def counted(self: Bundle, *rest: Any, _as: Any = (name, real), **more: Any) -> Any:
+                count[_as[0]] += 1
+                return _as[1](self, *rest, **more)
+
+            setattr(Bundle, name, counted)
+            over.callback(setattr, Bundle, name, real)
+        load(path).close()
+    return [(name, number) for name in sorted(count) for number in range(1, count[name] + 1)]
+
+
+@contextlib.contextmanager
+def _afterwards(name: str, number: int, action: Any) -> Iterator[None]:
+    """Do it right after the `number`th call of a method of Bundle."""
+    real, seen = getattr(Bundle, name), [0]
+
+    def called(self: Bundle, *rest: Any, **more: Any) -> Any:
+        found = real(self, *rest, **more)
+        seen[0] += 1
+        if seen[0] == number:
+            action()
+        return found
+
+    setattr(Bundle, name, called)
+    try:
+        yield
+    finally:
+        setattr(Bundle, name, real)
+
+
+def _called(moment: tuple[str, int] | None) -> str:
+    return "at random" if moment is None else f"after {moment[0].strip('_')} {moment[1]}"
 
 
 def chain(layers: int) -> bytes:
