@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from cyclopts import Parameter
 
 from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
 from edgekit.deploy import connect
-from edgekit.deploy.install import Device
+from edgekit.deploy.install import Device, checked
 from edgekit.deploy.install import deploy as install
 from edgekit.errors import UsageError
 
@@ -71,12 +72,14 @@ def deploy(
     limit = _nanoseconds(max_latency)
     with (
         TerminalObserver() as observer,
-        _device(to, name, python, root, accept=accept_new_host_key) as device,
+        ThreadPoolExecutor(1) as beside,  # hashes while the device is connected
     ):
-        done = install(
-            bundle, device, allow_older=allow_older, any_profile=any_profile, max_latency_ns=limit,
-            observer=observer,
-        )  # fmt: skip
+        ready = beside.submit(checked, bundle)
+        with _device(to, name, python, root, accept=accept_new_host_key) as device:
+            done = install(
+                ready.result(), device, allow_older=allow_older, any_profile=any_profile,
+                max_latency_ns=limit, observer=observer,
+            )  # fmt: skip
     if json:
         print_json({"schema": "edgekit.deploy/1", "target": to, **vars(done)})
         return
@@ -190,7 +193,7 @@ def gc(
         One JSON object on stdout (schema edgekit.gc/1).
     """
     with _device(to, as_, python, root) as device:
-        found = device.ask("gc")
+        found = device.ask("gc", runtime=device.runtime)
     if json:
         print_json({"schema": "edgekit.gc/1", "target": to, **found})
     else:
