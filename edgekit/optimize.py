@@ -21,7 +21,7 @@ import numpy as np
 
 from edgekit import sandbox
 from edgekit.artifact import TensorSpec
-from edgekit.bundle import VariantSource, write_bundle
+from edgekit.bundle import VariantSource, latency_limits, write_bundle
 from edgekit.cache import Cache, write_atomically
 from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
 from edgekit.control import AccuracyControl, SearchEndedError
@@ -505,6 +505,7 @@ class _Run:
         assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
         assert chosen.measurement is not None  # noqa: S101
         request, placement = self.request, chosen.measurement.placement
+        latency = chosen.measurement.latency()
         write_bundle(
             request.out / "model.edgekit",
             (
@@ -513,7 +514,8 @@ class _Run:
                     str(chosen.candidate.scheme), self.job.threads, placement["precision"],
                     placement["shares"],
                     {
-                        "latency_ns": chosen.measurement.latency(),
+                        "latency_ns": latency,
+                        **latency_limits(latency or {}, self.job.conditions),
                         "metric": {self.job.metric: chosen.evaluation["metric"]},
                         "conditions": self.job.conditions,
                     },

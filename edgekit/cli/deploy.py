@@ -190,7 +190,7 @@ def gc(
         One JSON object on stdout (schema edgekit.gc/1).
     """
     with _device(to, as_, python, root) as device:
-        found = device.ask("gc")
+        found = device.ask("gc", runtime=device.runtime)
     if json:
         print_json({"schema": "edgekit.gc/1", "target": to, **found})
     else:

@@ -1,4 +1,4 @@
-"""The runtime as one file, for devices on which nothing is to be installed."""
+"""The runtime as files, and as one, for devices on which nothing is to be installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import edgekit_runtime
 
-__all__ = ["runtime_archive"]
+__all__ = ["runtime_archive", "runtime_files"]
 
 _MAIN = """import sys
 try:
@@ -22,16 +22,21 @@ sys.exit(main())
 """
 
 
-def runtime_archive() -> bytes:
-    """The zipped package with a `__main__`: the same sources give the same bytes."""
+def runtime_files() -> dict[str, bytes]:
+    """The package's files and a `__main__.py`, by their path."""
     folder = Path(edgekit_runtime.__file__).parent
     files = {"__main__.py": _MAIN.encode()}
     for path in sorted(folder.rglob("*.py")):
         files[f"{folder.name}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+    return files
+
+
+def runtime_archive() -> bytes:
+    """The zipped package with a `__main__`: the same sources give the same bytes."""
     out = io.BytesIO()
     out.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as packed:
-        for name, data in files.items():
+        for name, data in runtime_files().items():
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
             packed.writestr(entry, data)
