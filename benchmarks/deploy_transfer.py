@@ -87,9 +87,8 @@ def server(target: str) -> Iterator[tuple[str, str, str]]:
         assert keys is not None, "a board of the lab, or sshd"
         yield target, str(keys.key), keys.known_hosts
         return
-    with tempfile.TemporaryDirectory() as home, Server(Path(home)) as made:
-        with made.as_home():
-            yield made.target, str(made.key), made.known_hosts.read_text()
+    with tempfile.TemporaryDirectory() as home, Server(Path(home)) as made, made.as_home():
+        yield made.target, str(made.key), made.known_hosts.read_text()
 
 
 def main() -> None:

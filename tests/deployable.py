@@ -37,8 +37,8 @@ class Maker:
             self.right = session.run({"x": np.ones((1, 4), np.float32)})["y"]
 
     def __call__(
-        self, sequence: int = 1, *, off: float = 0.0, extra: bytes = b"", model: bytes | None = None,
-        name: str = "", **variant: Any,
+        self, sequence: int = 1, *, off: float = 0.0, extra: bytes = b"",
+        model: bytes | None = None, name: str = "", **variant: Any,
     ) -> Path:  # fmt: skip
         contents = {
             "a/model.onnx": (self.model if model is None else model) + documented(extra),

@@ -1,7 +1,7 @@
 """Cuts a file at places its content chooses, so that an insertion moves no cut but the next.
 
-A cut is where the last 8 bytes, multiplied as a number by an odd one, begin with 16 zeros of 64 bits:
-once in 64 KiB on average (content-defined chunking, as of LBFS, SOSP 2001).
+A cut is where the last 8 bytes, multiplied as a number by an odd one, begin with 16 zeros of 64
+bits: once in 64 KiB on average (content-defined chunking, as of LBFS, SOSP 2001).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from edgekit.deploy.transport import Completed, Conversation, Ended, Transport
 from edgekit.errors import TargetError
 from edgekit.sandbox import child_environment
 
-__all__ = ["LocalTransport"]
+__all__ = ["LocalConversation", "LocalTransport"]
 
 _WRITE_S = 60.0
 
@@ -42,8 +42,8 @@ class LocalTransport(Transport):
             _kill(child)
         return Completed(child.returncode, stdout, stderr)
 
-    def converse(self, command: Sequence[str]) -> Conversation:
-        return _LocalConversation(command)
+    def converse(self, command: Sequence[str]) -> LocalConversation:
+        return LocalConversation(command)
 
     def push(self, source: Path, target: str) -> None:
         try:
@@ -57,7 +57,9 @@ class LocalTransport(Transport):
         pass
 
 
-class _LocalConversation(Conversation):
+class LocalConversation(Conversation):
+    """A child process that answers lines."""
+
     target = "local"
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -114,6 +116,16 @@ class _LocalConversation(Conversation):
         said = f" ({words[-1]})" if words else ""
         code = self._child.returncode
         return Ended(f"local: the process ended, {code}{said}", code)
+
+    def hang_up(self) -> None:
+        """End as a link ends: what is on its way arrives, then nothing."""
+        if not self._log.closed:
+            with suppress(OSError):
+                assert self._child.stdin is not None  # noqa: S101  (for the type checker)
+                self._child.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(5)
+            self.close()
 
     def close(self) -> None:
         _kill(self._child, self._reader)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from edgekit.deploy.local import LocalTransport
+from edgekit.deploy.local import LocalConversation, LocalTransport
 from edgekit.deploy.transport import Completed, Conversation, Transport
 from edgekit.errors import TargetError
 
@@ -35,16 +35,15 @@ class MemoryTransport(Transport):
         self.steps: list[str] = []
         self.fault, self.lost = fault, False
         self._inner = LocalTransport("local")
-        self._talks: list[Conversation] = []
+        self._talks: list[LocalConversation] = []
 
     def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         return self.step("run", lambda: self._inner.run(command, stdin=stdin, timeout_s=timeout_s))
 
     def converse(self, command: Sequence[str]) -> Conversation:
         def work() -> Conversation:
-            talk = _MemoryConversation(self, self._inner.converse(command))
-            self._talks.append(talk)
-            return talk
+            self._talks.append(self._inner.converse(command))
+            return _MemoryConversation(self, self._talks[-1])
 
         return self.step("converse", work)
 
@@ -76,7 +75,8 @@ class MemoryTransport(Transport):
         elif self.fault.when == "halfway" and half is not None:
             half()
         self.lost = True
-        self.close()
+        for talk in self._talks:
+            talk.hang_up()
         raise TargetError(f"memory: the connection was lost ({what}, step {number})")
 
 

@@ -206,6 +206,7 @@ class Desk:
         self._change()
         place.clear(sha256)
         if self._same(file, sha256):
+            place.clear(None)
             return {"state": "active" if file == active else "installed"}
         self._part, self._size, self._got = f"{place.incoming}/{sha256}.part", size, {}
         self._empty = not os.path.exists(self._part)

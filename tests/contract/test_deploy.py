@@ -204,10 +204,10 @@ def test_too_old_a_python_is_said(tmp_path) -> None:
         pass
 
 
-def test_a_place_that_cannot_be_written(tmp_path) -> None:
+def test_a_place_that_cannot_be_written(make, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TargetError) as caught, device(tmp_path / "file"):
-        pass
+    with pytest.raises(TargetError, match="Not a directory") as caught:
+        install(tmp_path / "file", make(1))
     assert "\n" not in str(caught.value)
 
 
