@@ -52,9 +52,10 @@ def module(name,text=''):
     exec(compile(text,name,'exec'),m.__dict__)
     return m
 module('edgekit_runtime')
-place,text=zlib.decompress(b).decode().split(chr(0))
-module('edgekit_runtime.place',place)
-sys.exit(module('edgekit_runtime.installer',text).main(sys.argv[1:]))
+for one in zlib.decompress(b).decode().split(chr(0)):
+    name,_,text=one.partition(chr(10))
+    last=module('edgekit_runtime.'+name,text)
+sys.exit(last.main(sys.argv[1:]))
 """
 
 
@@ -81,6 +82,9 @@ class Device:
         TargetError: no usable Python there, or the link is lost.
     """
 
+    #: of the runtime, in the order they import each other; the last one's `main` is run
+    modules: tuple[str, ...] = ("place", "installer")
+
     def __init__(
         self, transport: Transport, name: str, *, root: str | None = None, python: str | None = None
     ) -> None:
@@ -97,7 +101,10 @@ class Device:
         self.folder = ""
 
     def __enter__(self) -> Self:
-        texts = (self._files[f"edgekit_runtime/{name}.py"] for name in ("place", "installer"))
+        texts = [
+            name.encode() + b"\n" + self._files[f"edgekit_runtime/{name}.py"]
+            for name in self.modules
+        ]
         source = zlib.compress(b"\0".join(texts), 9)
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
         # -I -S: nothing of the user's is imported, and it starts in half the time
