@@ -228,7 +228,7 @@ class _Job:
 
     def warm(self) -> None:
         bench, found = self.bench, self.out.found
-        meter = self._meter()
+        meter = self._meter() if bench.site is HERE else f"no meter of {bench.site.name} is read"
         idle = idle_watts(meter) if isinstance(meter, Meter) else 0.0
         samples: list[int] = []
         joules = busy_s = 0.0

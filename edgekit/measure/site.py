@@ -52,6 +52,10 @@ class Site(ABC):
             TargetError: they are not, and must not be brought, or cannot be.
         """
 
+    def fault_of(self, engine: str) -> str | None:
+        """None if the engine can be used there, else why not."""
+        return None
+
     @abstractmethod
     def session(self) -> AbstractContextManager[None]:
         """Measuring takes place inside of one."""
@@ -200,6 +204,10 @@ class There(Site):
         verb = self.verb("bench", contender)
         done = self.runner.run([*verb, "--cold"], timeout_s=_SLOW_S, cold=True)
         return _phases(done, contender)
+
+    def golden(self, contender: Contender) -> list[str]:
+        """The arguments that ask for a bundle's golden check there."""
+        return ["check", str(self._moved(contender).path), "--json"]
 
     def verb(self, name: str, contender: Contender) -> list[str]:
         """The arguments that ask the runtime there for a verb on this contender."""

@@ -75,6 +75,10 @@ class TargetSite(There):
         """Numpy and the engines there: distribution -> version."""
         return self._facts.packages
 
+    def fault_of(self, engine: str) -> str | None:
+        lacking = [] if self._where.provision else missing_packages([engine], self.packages)
+        return f"the device has no {' and no '.join(lacking)}" if lacking else None
+
     def need(self, engines: Sequence[str], observer: Observer) -> None:
         """Have numpy and these engines there.
 

@@ -105,9 +105,9 @@ class Workbench(Desk):
         try:
             out = child.rest(self._wire, time.monotonic() + timeout_s)
             wall_ns = time.perf_counter_ns() - start
-            code = child.code(None if out is None else 5.0)
+            code = None if out is None else child.code(5.0)
             return {
-                "code": None if out is None else code, "out": (out or b"").decode(errors="replace"),
+                "code": code, "out": (out or b"").decode(errors="replace"),
                 "words": child.last_words(), "wall_ns": wall_ns,
             }  # fmt: skip
         finally:
