@@ -77,6 +77,7 @@ class Device:
     """The installer on a target, in charge of one name, as a context.
 
     `folder` and `runtime` in it are where `bring` puts the runtime: `python folder/runtime VERB`.
+    `packages` is a folder there with what the interpreter lacks (see `edgekit.deploy.provision`).
 
     Raises:
         TargetError: no usable Python there, or the link is lost.
@@ -98,7 +99,7 @@ class Device:
         )
         self.runtime = f"runtime-{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
         self.facts: dict[str, Any] = {}
-        self.folder = ""
+        self.folder, self.packages = "", ""
 
     def __enter__(self) -> Self:
         texts = [
@@ -181,7 +182,8 @@ class Device:
 
     def trial(self, max_latency_ns: int | None) -> list[str]:
         """The command that tries `{bundle}` there."""
-        line = [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
+        line = ["env", f"PYTHONPATH={self.packages}"] if self.packages else []
+        line += [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
         line += ["--timeout", str(_TRY_S)]
         return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
 

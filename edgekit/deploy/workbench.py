@@ -32,7 +32,7 @@ _COLD = (
 
 class Workbench(Device, Runner):
     """`edgekit_runtime.workbench` on a target. `packages` is a folder there with numpy and engines
-    that the interpreter does not have (see `edgekit.deploy.provision`).
+    that the interpreter does not have.
 
     Raises:
         TargetError: as `Device`; or another measures there, who is named.
@@ -45,7 +45,7 @@ class Workbench(Device, Runner):
         observer: Observer | None = None,
     ) -> None:  # fmt: skip
         super().__init__(transport, PLACE, root=root, python=python)
-        self.target, self.packages = transport.target, ""
+        self.target = transport.target
         self.sent_bytes = 0
         self._observer = observer or Observer()
 

@@ -34,6 +34,9 @@ class Site(ABC):
     target = "local"
     name = "this machine"
 
+    #: what was brought there for the interpreter, if anything
+    packages_folder = ""
+
     @property
     def simulated(self) -> bool:
         """Whether time there is not that of hardware."""
@@ -205,14 +208,13 @@ class There(Site):
         done = self.runner.run([*verb, "--cold"], timeout_s=_SLOW_S, cold=True)
         return _phases(done, contender)
 
-    def golden(self, contender: Contender) -> list[str]:
-        """The arguments that ask for a bundle's golden check there."""
-        return ["check", str(self._moved(contender).path), "--json"]
-
     def verb(self, name: str, contender: Contender) -> list[str]:
-        """The arguments that ask the runtime there for a verb on this contender."""
+        """The arguments that ask the runtime there for a verb on this contender, in JSON."""
         moved = self._moved(contender)
-        return command(name, moved)[len(moved.launched) :]
+        line = command(name, moved)[len(moved.launched) :]
+        if name == "check":
+            line = [*line[: line.index("--precision")], "--json"]
+        return line
 
     def processors(self, threads: int) -> list[int] | None:
         folder = "/sys/devices/system/cpu"

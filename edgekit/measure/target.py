@@ -67,7 +67,7 @@ class TargetSite(There):
     def __init__(self, target: Target, facts: Facts, profile: DeviceProfile) -> None:
         scheme = target.name.partition("://")[0]
         super().__init__(self._open, profile, target=scheme, label=label_of(target.name))
-        self._where, self._facts, self._packages = target, facts, ""
+        self._where, self._facts = target, facts
         self._observer = Observer()
 
     @property
@@ -98,8 +98,8 @@ class TargetSite(There):
         with self.session():
             bench = self.runner
             assert isinstance(bench, Workbench)  # noqa: S101  (this class opens no other)
-            self._packages = bring_packages(bench, engines, self._facts, observer)
-            bench.packages = self._packages
+            self.packages_folder = bring_packages(bench, engines, self._facts, observer)
+            bench.packages = self.packages_folder
 
     @contextmanager
     def _open(self) -> Iterator[Runner]:
@@ -110,7 +110,7 @@ class TargetSite(There):
                 transport, root=where.root, python=where.python, observer=self._observer
             ) as bench,
         ):
-            bench.packages = self._packages
+            bench.packages = self.packages_folder
             yield bench
 
 
