@@ -150,6 +150,12 @@ class AccuracyControl:
 
     def keep_float(self, candidate: Candidate) -> Iterator[Tried]:
         """Everything tried by leaving more or fewer of the worst operators in float."""
+        try:
+            scheme = replace(candidate.scheme, keep=("any",))
+            quantizer_for(scheme, candidate.format, source="savedmodel")
+        except UsageError as error:
+            self._tell(f"{candidate.id}: no operator can stay float: {error}")
+            return
         ranking = self.sensitivity(candidate)
         if ranking is None or not ranking.groups:
             self._tell(f"{candidate.id}: which operators are sensitive is not known; given up")

@@ -13,6 +13,7 @@ from math import inf
 
 from edgekit.artifact import Artifact
 from edgekit.control import REPAIRED, AccuracyControl, SearchEndedError, blame
+from edgekit.errors import ModelError
 from edgekit.fit import judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.observer import Observer
@@ -37,7 +38,10 @@ def forbidden(job: Job, candidate: Candidate, artifact: Artifact) -> str | None:
     if artifact.format == "ncnn":  # its operators are pnnx's choice, and not read here
         return None
     profile = job.profile
-    graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
+    try:
+        graph = read_graph(artifact.path, shapes=with_batch_one(artifact.inputs))
+    except ModelError as error:
+        return f"made, but it cannot be read back: {error}"
     fit = judge(graph, profile)
     broken = broken_promise(graph, profile.quantization)
     for _, words in fit.too_big(fit.needs[0]):

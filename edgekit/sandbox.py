@@ -119,24 +119,26 @@ class _Reply:
 @contextmanager
 def _child(target: str, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a process group of its own, gone when the block ends, whatever happens."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "edgekit.sandbox", target],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=child_environment(),
-        start_new_session=True,  # Ctrl-C is for the parent; it ends its children itself
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
+    # Its temporary files go with it: killed, or done and not asked to tidy up, it leaves them.
+    with tempfile.TemporaryDirectory(prefix="edgekit-", ignore_cleanup_errors=True) as scratch:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "edgekit.sandbox", target],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**child_environment(), "TMPDIR": scratch},
+            start_new_session=True,  # Ctrl-C is for the parent; it ends its children itself
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
 
 
 def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:

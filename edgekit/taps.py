@@ -14,6 +14,7 @@ from edgekit import sandbox
 from edgekit.artifact import SOURCES, Artifact
 from edgekit.errors import EdgeKitError, ModelError, one_line, require
 from edgekit.graph import read_graph
+from edgekit.tflite_file import read_tflite, write_tflite
 
 __all__ = ["TAPPERS", "Tap", "add_openvino_outputs", "add_tflite_outputs", "taps_of"]
 
@@ -96,22 +97,20 @@ def add_tflite_outputs(source: str, target: str, names: Sequence[str]) -> None:
         ModelError: there is no such tensor, or the model is damaged.
     """
     schema = require("ai_edge_litert.schema_py_generated", extra="litert")
-    flatbuffers = require("flatbuffers", extra="litert")
     try:
-        model = schema.ModelT.InitFromPackedBuf(Path(source).read_bytes())
+        model = read_tflite(Path(source).read_bytes())
         graph = model.subgraphs[0]
         places = _places(graph)
         outputs = [int(place) for place in graph.outputs]
         for signature in model.signatureDefs or []:
             signature.outputs = [*signature.outputs, *(_map(schema, n, places[n]) for n in names)]
         graph.outputs = [*outputs, *(places[name] for name in names)]
-        builder = flatbuffers.Builder(0)
-        builder.Finish(model.Pack(builder), b"TFL3")
+        content = write_tflite(model)
     except KeyError as error:
         raise ModelError(f"the TFLite model has no tensor {error}") from None
     except Exception as error:
         raise ModelError(f"damaged: {one_line(error)}") from error
-    Path(target).write_bytes(bytes(builder.Output()))
+    Path(target).write_bytes(content)
 
 
 def _places(graph: Any) -> dict[str, int]:

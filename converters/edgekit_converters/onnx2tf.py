@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import ModelError, UsageError, one_line, require
+from edgekit.tflite_file import read_tflite, write_tflite
 from edgekit_converters.onnx import clean_up
 from edgekit_converters.onnx2tf_graph import plain_graph
 from edgekit_converters.onnx_files import load_model
@@ -200,8 +201,7 @@ def _inputs(session: Any, random: Any) -> dict[str, Any]:
 def _finished(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
     """Give the model the signature it lost: onnx2tf keeps the order, but names outputs anew."""
     schema = require("ai_edge_litert.schema_py_generated", extra="tflite-convert")
-    flatbuffers = require("flatbuffers", extra="tflite-convert")
-    model = schema.ModelT.InitFromPackedBuf(bytearray(tflite), 0)
+    model = read_tflite(tflite, extra="tflite-convert")
     fold_flatten(model)
     graph = model.subgraphs[0]
     signature = schema.SignatureDefT()
@@ -209,9 +209,7 @@ def _finished(tflite: bytes, inputs: list[str], outputs: list[str]) -> bytes:
     signature.inputs = _name_tensors(schema, graph, graph.inputs, inputs)
     signature.outputs = _name_tensors(schema, graph, graph.outputs, outputs)
     model.signatureDefs = [signature]
-    builder = flatbuffers.Builder(1 << 20)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return write_tflite(model, extra="tflite-convert")
 
 
 def _name_tensors(schema: Any, graph: Any, tensors: Any, names: list[str]) -> list[Any]:

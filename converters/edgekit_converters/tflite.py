@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import ModelError, one_line, require
+from edgekit.tflite_file import read_tflite, write_tflite
 from edgekit_converters.tf2onnx import checked_opset, finish
 from edgekit_converters.tf_graph import EXTRA, accept_options
 
@@ -147,29 +148,21 @@ def _renamed(source: str, folder: Path) -> Iterator[_Renamed]:
     ]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         path = Path(temporary) / "model.tflite"
-        path.write_bytes(_packed(model))
+        path.write_bytes(write_tflite(model))
         yield _Renamed(path, shapes[0], shapes[1], notes)
 
 
 def _parsed(source: str) -> Any:
     interpreter = require("ai_edge_litert.interpreter", extra="litert")
-    schema = require("ai_edge_litert.schema_py_generated", extra="litert")
     data = Path(source).read_bytes()
     try:
         interpreter.Interpreter(model_content=data)  # it verifies; the schema's reader does not
-        model = schema.ModelT.InitFromPackedBuf(bytearray(data), 0)
+        model = read_tflite(data)
     except Exception as error:
         raise ModelError(f"{Path(source).name} is no TFLite model: {one_line(error)}") from None
     if not model.subgraphs:
         raise ModelError(f"{Path(source).name} holds no graph")
     return model
-
-
-def _packed(model: Any) -> bytes:
-    flatbuffers = require("flatbuffers", extra="litert")
-    builder = flatbuffers.Builder(1 << 20)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
 
 
 def _refuse_custom(model: Any) -> None:

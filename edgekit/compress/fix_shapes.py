@@ -11,6 +11,7 @@ from edgekit.artifact import Artifact, open_model
 from edgekit.cache import Cache, content_key
 from edgekit.convert import SUFFIX, tool_versions
 from edgekit.errors import ModelError, one_line, require
+from edgekit.tflite_file import read_tflite, write_tflite
 
 __all__ = ["fix_onnx", "fix_openvino", "fix_shapes", "fix_tflite", "has_free_dimensions"]
 
@@ -104,9 +105,7 @@ def fix_tflite(source: str, target: str, shapes: dict[str, list[int]]) -> None:
     Raises:
         ModelError: other shapes are wanted than it was written with.
     """
-    schema = require("ai_edge_litert.schema_py_generated", extra="litert")
-    flatbuffers = require("flatbuffers", extra="litert")
-    model = schema.ModelT.InitFromPackedBuf(Path(source).read_bytes())
+    model = read_tflite(Path(source).read_bytes())
     main = model.subgraphs[0]
     names = {number: main.tensors[number].name.decode() for number in main.inputs}
     for signature in model.signatureDefs or []:  # the names that users know
@@ -122,6 +121,4 @@ def fix_tflite(source: str, target: str, shapes: dict[str, list[int]]) -> None:
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             tensor.shapeSignature = None
-    builder = flatbuffers.Builder(0)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    Path(target).write_bytes(bytes(builder.Output()))
+    Path(target).write_bytes(write_tflite(model))

@@ -14,6 +14,7 @@ from edgekit.graph.macs import count_macs
 from edgekit.graph.model import Operator, Shape, Tensor, assemble
 from edgekit.graph.names import canonical_name
 from edgekit.graph.tflite_shapes import names_of, resized_shapes
+from edgekit.tflite_file import read_tflite
 
 __all__ = ["read"]
 
@@ -32,7 +33,7 @@ def read(path: str, shapes: dict[str, list[int]]) -> dict[str, Any]:
             f"{path}: not a TFLite model: bytes 4..8 are {content[4:8]!r}, wanted b'TFL3'"
         )
     try:
-        model = schema.ModelT.InitFromPackedBuf(content)
+        model = read_tflite(content)
         reader = _Reader(schema, model)
         reader.read_main(_fixed_shapes(content, reader, shapes))
         return reader.result()
@@ -174,10 +175,7 @@ class _Reader:
         """Bytes of a constant in the file; None for tensors that are none."""
         buffers = self._model.buffers or []
         buffer = buffers[raw.buffer] if 0 <= raw.buffer < len(buffers) else None
-        size = 0
-        if buffer is not None:  # models over 2 GB have their weights behind the flatbuffer
-            size = len(buffer.data) if buffer.data is not None else 0
-            size = int(buffer.size) if buffer.offset > 1 else size
+        size = len(buffer.data) if buffer is not None and buffer.data is not None else 0
         if raw.externalBuffer:
             return 0
         if size and not raw.isVariable:

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgekit.errors import ModelError, one_line, require
 from edgekit.graph.model import Shape
+from edgekit.tflite_file import read_tflite, write_tflite
 
 __all__ = ["names_of", "resized_shapes"]
 
@@ -31,12 +32,12 @@ def resized_shapes(content: bytes, inputs: Mapping[int, list[int]]) -> dict[int,
         ModelError: LiteRT cannot prepare the model: an operator it has not, a shape it refuses.
     """
     schema = require("ai_edge_litert.schema_py_generated", extra="litert")
-    model = schema.ModelT.InitFromPackedBuf(content)
+    model = read_tflite(content)
     for _ in range(_MOST_ROUNDS):
         shapes, complete = _prepared(content, model, inputs)
         if complete or not _bake(schema, model, shapes | dict(_tuples(inputs))):
             return shapes
-        content = _packed(model)
+        content = write_tflite(model)
     return shapes
 
 
@@ -187,11 +188,3 @@ def _strided_slice(source: Any, begin: Any, end: Any, strides: Any, options: Any
     return source[
         None if options.beginMask & 1 else start : None if options.endMask & 1 else stop : step
     ]
-
-
-def _packed(model: Any) -> bytes:
-    import flatbuffers
-
-    builder = flatbuffers.Builder(1 << 20)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.errors import UsageError, require
+from edgekit.tflite_file import write_tflite
 
 __all__ = ["Dtype", "Kind", "ProbeModel", "probe_models"]
 
@@ -332,7 +333,6 @@ def _tflite(kind: str, steps: list[_Step]) -> bytes:
     """A flatbuffer of operators of one kind in a row; each takes input, weights, bias and gives
     an output."""
     schema = require("ai_edge_litert.schema_py_generated", extra="litert")
-    flatbuffers = require("flatbuffers", extra="litert")
     model, graph, code = schema.ModelT(), schema.SubGraphT(), schema.OperatorCodeT()
     model.version, model.buffers = 3, [schema.BufferT()]  # buffer 0 is the empty one
     code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, kind)
@@ -354,9 +354,7 @@ def _tflite(kind: str, steps: list[_Step]) -> bytes:
     graph.inputs = np.array([place["x"]], np.int32)
     graph.outputs = np.array([place["y"]], np.int32)
     model.operatorCodes, model.subgraphs = [code], [graph]
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return write_tflite(model)
 
 
 def _options(schema: Any, kind: str) -> tuple[int, Any]:

@@ -211,6 +211,14 @@ def test_hopeless_ones_are_given_up() -> None:
     assert len(control.asked) <= 8
 
 
+def test_what_no_tool_leaves_in_float_is_not_tried() -> None:
+    control = Staged(3, 60)
+    scheme = parse_scheme("int8-static:tensorflow")
+    candidate = Candidate("it", "litert", "tflite", scheme, 1)
+    assert not list(control.keep_float(candidate))
+    assert control.asked == []
+
+
 def test_a_search_that_is_ended_leaves_what_it_found(tmp_path) -> None:
     control = Staged(9, 60)
     calls = []

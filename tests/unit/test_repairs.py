@@ -11,7 +11,7 @@ from edgekit.control import Tried
 from edgekit.observer import Observer
 from edgekit.outcome import Row
 from edgekit.plan import Candidate
-from edgekit.repairs import Repairs
+from edgekit.repairs import Repairs, forbidden
 
 
 def row(engine: str, scheme: str, cost: float, drop: float = 0.0) -> Row:
@@ -89,3 +89,11 @@ def test_nothing_is_repaired_that_is_no_faster_than_the_best() -> None:
     rows = [row("ort", "fp32", 1.0), row("ov", "fp32", 0.5), row("ort", "int8-static", 0.49, 0.2)]
     assert repaired(rows, {}) == []
     assert "even so it would not beat ov-fp32" in rows[2].reason
+
+
+def test_what_cannot_be_read_back_is_no_candidate(tmp_path) -> None:
+    (tmp_path / "made.onnx").write_bytes(b"no model")
+    made: Any = SimpleNamespace(format="onnx", path=tmp_path / "made.onnx", inputs=())
+    job: Any = SimpleNamespace(fit=object(), profile=None)
+    said = forbidden(job, row("ort", "int8-static", 1.0).candidate, made)
+    assert said.startswith("made, but it cannot be read back")

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -34,6 +35,10 @@ def orphan():
     import subprocess
     subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
     return os.getpid()
+def litter():
+    import tempfile
+    handle, name = tempfile.mkstemp()
+    return name
 """
 
 
@@ -117,6 +122,10 @@ def _group(pid: int) -> int | None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_temporary_files_go_with_the_child() -> None:
+    assert not Path(sandbox.call(f"{HERE}:litter", {})).parent.exists()
+
+
 def test_child_dies_with_a_killed_parent(tmp_path) -> None:
     code = textwrap.dedent(f"""
         import threading, time, psutil, os
