@@ -30,7 +30,7 @@ from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
 from edgekit_runtime.source import processing
 
-__all__ = ["Checked", "Device", "Installed", "checked", "deploy", "send"]
+__all__ = ["Checked", "Device", "Hashed", "Installed", "checked", "deploy", "send"]
 
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
 _START_S, _ANSWER_S = 60.0, 120.0
@@ -53,20 +53,27 @@ def module(name,text=''):
     exec(compile(text,name,'exec'),m.__dict__)
     return m
 module('edgekit_runtime')
-place,text=zlib.decompress(b).decode().split(chr(0))
-module('edgekit_runtime.place',place)
-sys.exit(module('edgekit_runtime.installer',text).main(sys.argv[1:]))
+for one in zlib.decompress(b).decode().split(chr(0)):
+    name,_,text=one.partition(chr(10))
+    last=module('edgekit_runtime.'+name,text)
+sys.exit(last.main(sys.argv[1:]))
 """
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A bundle that is sound."""
+class Hashed:
+    """A file, and what it held when it was looked at."""
 
     path: Path
-    manifest: Manifest
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked(Hashed):
+    """A bundle that is sound."""
+
+    manifest: Manifest
 
 
 def checked(path: Path) -> Checked:
@@ -80,7 +87,7 @@ def checked(path: Path) -> Checked:
         bundle.verify()
         manifest = bundle.manifest
         processing(manifest)
-    return Checked(path, manifest, file_sha256(path), path.stat().st_size)
+    return Checked(path, file_sha256(path), path.stat().st_size, manifest)
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,14 @@ class Device:
     """The installer on a target, in charge of one name, as a context.
 
     `folder` and `runtime` in it are where `bring` puts the runtime: `python folder/runtime VERB`.
+    `packages` is a folder there with what the interpreter lacks (see `edgekit.deploy.provision`).
 
     Raises:
         TargetError: no usable Python there, or the link is lost.
     """
+
+    #: of the runtime, in the order they import each other; the last one's `main` is run
+    modules: tuple[str, ...] = ("place", "installer")
 
     def __init__(
         self, transport: Transport, name: str, *, root: str | None = None, python: str | None = None
@@ -119,10 +130,13 @@ class Device:
         )
         self.runtime = f"runtime-{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
         self.facts: dict[str, Any] = {}
-        self.folder = ""
+        self.folder, self.packages = "", ""
 
     def __enter__(self) -> Self:
-        texts = (self._files[f"edgekit_runtime/{name}.py"] for name in ("place", "installer"))
+        texts = [
+            name.encode() + b"\n" + self._files[f"edgekit_runtime/{name}.py"]
+            for name in self.modules
+        ]
         source = zlib.compress(b"\0".join(texts), 9)
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
         # -I -S: nothing of the user's is imported, and it starts in half the time
@@ -199,7 +213,8 @@ class Device:
 
     def trial(self, max_latency_ns: int | None) -> list[str]:
         """The command that tries `{bundle}` there."""
-        line = [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
+        line = ["env", f"PYTHONPATH={self.packages}"] if self.packages else []
+        line += [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
         line += ["--timeout", str(_TRY_S)]
         return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
 
@@ -265,8 +280,8 @@ def deploy(
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(bundle: Checked, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
-    """Send the chunks of a bundle that the device lacks (of a `fresh` one all); returns the bytes
+def send(bundle: Hashed, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
+    """Send the chunks of a file that the device lacks (of a `fresh` one all); returns the bytes
     of them. The file is cut while what was cut before is on its way.
 
     Raises:
@@ -302,7 +317,7 @@ def _listed(segment: _Segment) -> list[list[Any]]:
     return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
 
 
-def _segments(bundle: Checked) -> Iterator[_Segment]:
+def _segments(bundle: Hashed) -> Iterator[_Segment]:
     found: _Segment = []
     digest, size = hashlib.sha256(), 0
     with bundle.path.open("rb") as file:
