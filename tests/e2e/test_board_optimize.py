@@ -13,6 +13,7 @@ import pytest
 from cnn import separable_cnn
 
 from edgekit.artifact import open_model
+from edgekit.cache import Cache
 from edgekit.convert import convert
 from edgekit.deploy import lab
 from edgekit.deploy.lab import Running
@@ -56,7 +57,8 @@ def boards() -> Iterator[dict[str, Running]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("net")
-    made = convert(open_model(str(separable_cnn(folder / "net.onnx"))), "tflite")
+    cache = Cache(folder / "cache")
+    made = convert(open_model(str(separable_cnn(folder / "net.onnx"))), "tflite", cache=cache)
     (folder / "net.tflite").write_bytes(made.path.read_bytes())
     (name,) = (spec.name for spec in made.inputs)
     images = np.random.default_rng(1).normal(0, 1, (120, 3, 32, 32)).astype(np.float32)
