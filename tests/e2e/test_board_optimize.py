@@ -37,6 +37,7 @@ arch = "aarch64"
 fields = ["engines.litert"]
 kind = "choice"
 title = "this test"
+says = "LiteRT alone"
 """
 BOARDS = ("raspberry-pi-4", "raspberry-pi-5")
 
@@ -78,6 +79,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.timeout(1200)
 def test_the_boards_choose_what_their_processors_are_good_at(boards, files) -> None:
     def optimize(board: Running) -> dict[str, Any]:
         done = run(
