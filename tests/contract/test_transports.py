@@ -1,16 +1,14 @@
 """One suite for every transport: this machine, and a real ssh server in this process."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from ssh_home import Server
 
 from edgekit.deploy import Transport, connect
 from edgekit.errors import TargetError, UsageError
@@ -23,47 +21,6 @@ for line in sys.stdin:
         sys.exit("gone")
     print(line, end="", flush=True)
 """
-SERVER = str(Path(__file__).parents[1] / "ssh_server.py")
-
-
-class Server:
-    """A server process, a home with a key that it accepts, and a known_hosts with its key."""
-
-    def __init__(self, home: Path) -> None:
-        import asyncssh
-
-        self.ssh = home / ".ssh"
-        self.ssh.mkdir(mode=0o700)
-        host_key = asyncssh.generate_private_key("ssh-ed25519")
-        host_key.write_private_key(str(self.ssh / "host_key"))
-        (self.ssh / "authorized_keys").write_bytes(self.new_key().export_public_key())
-        self.process = subprocess.Popen(
-            [sys.executable, SERVER, str(self.ssh)], stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.known_hosts = self.ssh / "known_hosts"
-        key = host_key.export_public_key().decode().strip()
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {key}\n")
-        self.target = f"ssh://somebody@127.0.0.1:{self.port}"
-
-    def new_key(self) -> Any:
-        """Another key for the user."""
-        import asyncssh
-
-        key = asyncssh.generate_private_key("ssh-ed25519")
-        key.write_private_key(str(self.ssh / "id_ed25519"))
-        key.write_public_key(str(self.ssh / "id_ed25519.pub"))
-        return key
-
-    def cut(self) -> None:
-        """Cut the cable."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture
