@@ -1,6 +1,6 @@
 """Deploys while things go wrong, many times over; counts what is left.
 
-python benchmarks/deploy_faults.py host|cuts|disk|flips|archives|swaps [--times N]
+python benchmarks/deploy_faults.py host|cuts|disk|flips|archives|swaps|bad [--times N]
 
 host      the command is killed at a random moment (30)
 cuts      the network is cut at a random byte, one in ten silently (100; an ssh server in here)
@@ -8,6 +8,8 @@ disk      a disk that is full to 0, 1, ... 99 % (100; root)
 flips     one bit of a bundle flipped (2,000): refused here, and by the runtime
 archives  crafted archives (60): refused here, and by the runtime, each with its reason
 swaps     the file replaced by a damaged one while it is verified and loaded (200)
+bad       sound bundles of models that are not: NaN, wrong golden, over memory, ten times slower
+          than promised; three tries each, and a fourth
 """
 
 import argparse
@@ -34,14 +36,19 @@ import numpy as np
 from deploy_bundles import maker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from deployable import Maker, scaled
 from hostile import archives
 from ssh_home import Link, Server
 
 import edgekit_runtime.source
+from edgekit.bundle import latency_limits
 from edgekit.deploy import Transport, connect
 from edgekit.deploy.install import Device, deploy
 from edgekit.errors import EdgeKitError, TargetError
 from edgekit_runtime import load, open_installed
+from edgekit_runtime.bundle import Bundle
+from edgekit_runtime.machine import machine_name
+from edgekit_runtime.timing import sample, summary
 
 
 class Stage:
@@ -57,6 +64,7 @@ class Stage:
         self.seen: Counter[str] = Counter()
         self.faults: list[Any] = []
         self.next_s: list[float] = []
+        self.plain_s: list[float] = []
 
     def install(
         self, bundle: Path, transport: Transport | None = None, root: Path | None = None
@@ -69,7 +77,7 @@ class Stage:
 
     def reset(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(self.start, self.root)
+        shutil.copytree(self.start, self.root, dirs_exist_ok=True)
 
     def look(self, what: object, *, again: bool = True) -> None:
         """The old or the new one is active, whole, and answers; then a deploy."""
@@ -89,14 +97,22 @@ class Stage:
                 assert done.file[0] == "2"
                 assert not list(self.root.glob("m/**/.new-*"))
                 assert not list(self.root.glob("m/incoming/*"))
+                if len(self.next_s) % 4 == 0:
+                    self.reset()
+                    start = time.monotonic()
+                    self.install(self.new)
+                    self.plain_s.append(time.monotonic() - start)
         except Exception as error:
             self.faults.append([what, f"{type(error).__name__}: {error}"])
 
     def report(self) -> dict[str, Any]:
         after = (
-            {"next_deploy_s": {"median": round(statistics.median(self.next_s), 2),
-                               "slowest": round(max(self.next_s), 2)}}
-            if self.next_s else {}
+            {
+                f"{name}_deploy_s": {
+                    "median": round(statistics.median(taken), 2), "slowest": round(max(taken), 2)
+                }
+                for name, taken in (("next", self.next_s), ("plain", self.plain_s)) if taken
+            }
         )  # fmt: skip
         return {**self.seen, **after, "faults": self.faults}
 
@@ -259,41 +275,137 @@ def swaps(work: Path, times: int) -> dict[str, Any]:
     edgekit_runtime.source.load_engine = kept  # type: ignore[assignment]
     with zipfile.ZipFile(io.BytesIO(good)) as opened:
         right = opened.read("a/model.onnx")
-    taken = []
-    for _ in range(5):
-        start = time.monotonic()
-        load(stage.new).close()
-        taken.append(time.monotonic() - start)
+
+    def swap(number: int, delay_s: float) -> None:
+        time.sleep(delay_s)
+        if number % 2:
+            other.write_bytes(evil)
+            other.replace(path)
+        else:
+            with path.open("r+b") as file:
+                file.seek(where)
+                file.write(evil[where : where + 1])
+
+    moments = [*_moments(stage.new), None]  # None: at a random time, in a thread
     for number in range(times):
         path.write_bytes(good)
-        delay = random.Random(number).uniform(0, min(taken))
-
-        def swap(number: int = number, delay: float = delay) -> None:
-            time.sleep(delay)
-            if number % 2:
-                other.write_bytes(evil)
-                other.replace(path)
+        moment = moments[number // 2 % len(moments)]
+        thread = threading.Thread(target=swap, args=(number, random.Random(number).random() / 200))
+        with contextlib.ExitStack() as over:
+            if moment is None:
+                thread.start()
+                over.callback(thread.join)
             else:
-                with path.open("r+b") as file:
-                    file.seek(where)
-                    file.write(evil[where : where + 1])
-
-        thread = threading.Thread(target=swap)
-        thread.start()
-        try:
-            with load(path):
-                seen["loaded, verified"] += 1
-        except EdgeKitError:
-            seen["refused"] += 1
-        thread.join()
+                over.enter_context(_afterwards(*moment, lambda number=number: swap(number, 0)))
+            try:
+                load(path).close()
+                seen[f"loaded, verified ({_called(moment)})"] += 1
+            except EdgeKitError:
+                seen[f"refused ({_called(moment)})"] += 1
     unverified = sum(one != right for one in given)
     return {"tries": times, **seen, "unverified loads": unverified}
+
+
+def _moments(path: Path) -> list[tuple[str, int]]:
+    """Each read of the bundle's files while it is loaded: (method, its number)."""
+    count: Counter[str] = Counter()
+    with contextlib.ExitStack() as over:
+        for name in ("_stored", "_stream_hash", "verify"):
+            real = getattr(Bundle, name)
+
+            def counted(self: Bundle, *rest: Any, _as: Any = (name, real), **more: Any) -> Any:
+                count[_as[0]] += 1
+                return _as[1](self, *rest, **more)
+
+            setattr(Bundle, name, counted)
+            over.callback(setattr, Bundle, name, real)
+        load(path).close()
+    return [(name, number) for name in sorted(count) for number in range(1, count[name] + 1)]
+
+
+@contextlib.contextmanager
+def _afterwards(name: str, number: int, action: Any) -> Iterator[None]:
+    """Do it right after the `number`th call of a method of Bundle."""
+    real, seen = getattr(Bundle, name), [0]
+
+    def called(self: Bundle, *rest: Any, **more: Any) -> Any:
+        found = real(self, *rest, **more)
+        seen[0] += 1
+        if seen[0] == number:
+            action()
+        return found
+
+    setattr(Bundle, name, called)
+    try:
+        yield
+    finally:
+        setattr(Bundle, name, real)
+
+
+def _called(moment: tuple[str, int] | None) -> str:
+    return "at random" if moment is None else f"after {moment[0].strip('_')} {moment[1]}"
+
+
+def chain(layers: int) -> bytes:
+    """x (N, 4) -> y (N, 3) through so many products with a matrix of 512 x 512 (ONNX)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    sizes = {"first": (4, 512), "again": (512, 512), "last": (512, 3)}
+    held = [
+        numpy_helper.from_array(rng.normal(0, 0.04, size).astype(np.float32), name)
+        for name, size in sizes.items()
+    ]
+    names = ["first", *["again"] * layers, "last"]
+    through = ["x", *(f"t{number}" for number in range(len(names) - 1)), "y"]
+    nodes = [
+        helper.make_node("MatMul", [through[number], name], [through[number + 1]])
+        for number, name in enumerate(names)
+    ]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", width])]
+        for name, width in (("x", 4), ("y", 3))
+    )
+    graph = helper.make_graph(nodes, "chain", inputs, outputs, held)
+    opset = [helper.make_opsetid("", 17)]
+    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+
+
+def bad(work: Path, _: int) -> dict[str, Any]:
+    stage = Stage(work)
+    stage.reset()
+    promised, slow = (Maker(chain(layers), work / f"chain{layers}") for layers in (20, 200))
+    with load(promised.folder / "plain.onnx") as session:
+        quick = summary(sample(lambda: session.run({"x": promised.inputs[0]}), 50))
+    limits = latency_limits(quick, {"target": "local", "arch": machine_name()})
+    cases = {
+        "NaN": stage.make(11, model=scaled(stage.make.model, float("nan"))),
+        "wrong golden": stage.make(12, off=0.1),
+        "over memory": stage.make(13, memory_bytes=1_000_000),
+        "ten times slower": slow(14, expected=limits),
+    }
+    sound = promised(15, expected=limits)
+    found: dict[str, Any] = {}
+    for what, bundle in cases.items():
+        said, taken = [], []
+        for _number in range(4):
+            start = time.monotonic()
+            try:
+                stage.install(bundle)
+                stage.faults.append([what, "taken"])
+            except TargetError as error:
+                said.append(str(error))
+            taken.append(round(time.monotonic() - start, 2))
+            stage.look(what, again=False)
+        found[what] = {"says": said[0], "fourth": said[3], "seconds": taken}
+    return {**found, "as fast as promised": stage.install(sound).state, **stage.report()}
 
 
 def main() -> None:
     kinds = {
         "host": (host, 30), "cuts": (cuts, 100), "disk": (disk, 100), "flips": (flips, 2000),
         "archives": (crafted, 60), "swaps": (swaps, 200),
+        "bad": (bad, 1),
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=kinds)

@@ -18,17 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from openssh import Server
 
-from edgekit.cache import file_sha256
 from edgekit.deploy import connect, install
 from edgekit.deploy.lab import keys_for
-from edgekit.observer import Observer
-from edgekit_runtime.bundle import Bundle
 
 #: the first word of what `installer` answers is unchanged: only chunks are taken unhashed
 TRUSTING = (b"if sha256_of(data).hexdigest() != sha:\n            raise Refused(\"a chunk was",
@@ -57,23 +55,24 @@ def push(target: str, python: str, bundle: Path, name: str, *, hashed: bool) -> 
     def step(what: str) -> None:
         steps[what] = round(time.monotonic() - start, 3)
 
-    with connect(target) as there:
-        step("connected")
-        device = install.Device(there, name, python=python)
-        if not hashed:
-            source = device._files["edgekit_runtime/installer.py"]
-            assert TRUSTING[0] in source
-            device._files["edgekit_runtime/installer.py"] = source.replace(*TRUSTING)
-        with device:
-            step("started")
-            with Bundle(bundle) as opened:
-                opened.verify()
-            sha256, size = file_sha256(bundle), bundle.stat().st_size
-            state = device.ask("begin", file=f"1-{'0' * 32}.edgekit", sha256=sha256, size=size)
-            step("begun")
-            sent = install.send(bundle, sha256, device, fresh=state["fresh"], observer=Observer())
-            assert sent == size
-            step("sent")
+    with ThreadPoolExecutor(1) as beside:
+        ready = beside.submit(install.checked, bundle)
+        with connect(target) as there:
+            step("connected")
+            device = install.Device(there, name, python=python)
+            if not hashed:
+                source = device._files["edgekit_runtime/installer.py"]
+                assert TRUSTING[0] in source
+                device._files["edgekit_runtime/installer.py"] = source.replace(*TRUSTING)
+            with device:
+                step("started")
+                one = ready.result()
+                state = device.ask(
+                    "begin", file=f"1-{'0' * 32}.edgekit", sha256=one.sha256, size=one.size_bytes
+                )
+                step("begun")
+                assert install.send(one, device, fresh=state["fresh"]) == one.size_bytes
+                step("sent")
         step("all")
     return steps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from cyclopts import Parameter
 
 from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
 from edgekit.deploy import connect
-from edgekit.deploy.install import Device
+from edgekit.deploy.install import Device, checked
 from edgekit.deploy.install import deploy as install
 from edgekit.errors import UsageError
 from edgekit.measure.target import Target, open_site
@@ -73,7 +74,11 @@ def deploy(
         raise UsageError(f"no file {bundle}; wanted a bundle (.edgekit)")
     name = as_ or _name_in(bundle)
     limit = _nanoseconds(max_latency)
-    with TerminalObserver() as observer:
+    with (
+        TerminalObserver() as observer,
+        ThreadPoolExecutor(1) as beside,  # hashes while the device is connected
+    ):
+        ready = beside.submit(checked, bundle)
         packages = ""
         if provision:
             target = Target(to, python, root, provision, accept_new_host_key)
@@ -81,7 +86,7 @@ def deploy(
         with _device(to, name, python, root, accept=accept_new_host_key) as device:
             device.packages = packages
             done = install(
-                bundle, device, allow_older=allow_older, any_profile=any_profile,
+                ready.result(), device, allow_older=allow_older, any_profile=any_profile,
                 max_latency_ns=limit, observer=observer,
             )  # fmt: skip
     if json:

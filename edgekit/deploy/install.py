@@ -30,11 +30,12 @@ from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
 from edgekit_runtime.source import processing
 
-__all__ = ["Device", "Installed", "deploy", "send"]
+__all__ = ["Checked", "Device", "Hashed", "Installed", "checked", "deploy", "send"]
 
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
-_START_S, _ANSWER_S, _TRIAL_S = 60.0, 120.0, 150.0
-_TRY_S = 120
+_START_S, _ANSWER_S = 60.0, 120.0
+_TRY_S = 300  # of a trial: emulated boards on a busy machine take a minute
+_SLOWEST = 1e6  # bytes a second, of a small board's disk
 _BEAT_S = 5.0  # the device gives up a host it has not heard of for 20 s
 #: runs what comes on stdin: nothing is to be put there before, and one start of Python is enough
 _BOOT = """import os,sys
@@ -57,6 +58,36 @@ for one in zlib.decompress(b).decode().split(chr(0)):
     last=module('edgekit_runtime.'+name,text)
 sys.exit(last.main(sys.argv[1:]))
 """
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A file, and what it held when it was looked at."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked(Hashed):
+    """A bundle that is sound."""
+
+    manifest: Manifest
+
+
+def checked(path: Path) -> Checked:
+    """Verify a bundle; hashing a large one takes a while, which a thread may have while a device
+    is connected.
+
+    Raises:
+        BundleError: it is no sound bundle.
+    """
+    with Bundle(path) as bundle:
+        bundle.verify()
+        manifest = bundle.manifest
+        processing(manifest)
+    return Checked(path, file_sha256(path), path.stat().st_size, manifest)
 
 
 @dataclass(frozen=True)
@@ -192,16 +223,23 @@ class Device:
         try:
             yield
         except Ended as error:
-            if error.code not in (126, 127):
-                raise
-            raise TargetError(
-                f"{self.transport.target}: no {self.python} there; install Python 3.9 or newer, or "
-                "name one with --python"
-            ) from None
+            where = self.transport.target
+            if error.code in (126, 127):
+                raise TargetError(
+                    f"{where}: no {self.python} there; install Python 3.9 or newer, or name one "
+                    "with --python"
+                ) from None
+            if error.code:
+                words = str(error).replace(f"{where}: ", "", 1)
+                raise TargetError(
+                    f"{where}: {self.python} does not run as Python 3.9 or newer does: {words}; "
+                    "name another with --python"
+                ) from None
+            raise
 
 
 def deploy(
-    path: Path,
+    bundle: Path | Checked,
     device: Device,
     *,
     allow_older: bool = False,
@@ -217,44 +255,42 @@ def deploy(
         TargetError: the trial failed, or the device did; what was active still is.
     """
     observer = observer or Observer()
-    with Bundle(path) as bundle:
-        bundle.verify()
-        manifest = bundle.manifest
-        processing(manifest)
-    _fits(path, manifest, device.facts, any_profile=any_profile)
-    sha256, size = file_sha256(path), path.stat().st_size
+    one = checked(bundle) if isinstance(bundle, Path) else bundle
+    manifest, sha256, size = one.manifest, one.sha256, one.size_bytes
+    _fits(one.path, manifest, device.facts, any_profile=any_profile)
     file = f"{manifest.sequence}-{manifest.bundle_id}.edgekit"
-    state = device.ask("begin", file=file, sha256=sha256, size=size, allow_older=allow_older)
+    slow_s = size / _SLOWEST
+    state = device.ask(
+        "begin", file=file, sha256=sha256, size=size, allow_older=allow_older,
+        timeout_s=_ANSWER_S + slow_s,
+    )  # fmt: skip
     if state["state"] == "active":
         return Installed(device.name, file, None, "active", size, 0, {})
     sent = 0
     if state["state"] == "wanted":
         observer.phase("sending what the device lacks")
-        sent = send(path, sha256, device, fresh=state["fresh"], observer=observer)
+        sent = send(one, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
     device.bring()
     done = device.ask(
         "commit", file=file, sha256=sha256, trial=device.trial(max_latency_ns),
-        timeout_s=_TRIAL_S,
+        limit_s=_TRY_S, timeout_s=_TRY_S + _START_S + slow_s,
     )  # fmt: skip
     kind = "new" if state["state"] == "wanted" else "installed"
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(
-    path: Path, sha256: str, device: Device, *, fresh: bool, observer: Observer | None = None
-) -> int:
-    """Send the chunks of a bundle that the device lacks (of a `fresh` one all); returns the bytes
+def send(bundle: Hashed, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
+    """Send the chunks of a file that the device lacks (of a `fresh` one all); returns the bytes
     of them. The file is cut while what was cut before is on its way.
 
     Raises:
-        BundleError: the file is not what it was when it was hashed.
+        BundleError: the file is not what it was when it was checked.
         TargetError: the device refuses, or is lost.
     """
     observer = observer or Observer()
-    total, done, sent, unheard = path.stat().st_size, 0, 0, 0
-    digest = hashlib.sha256()
-    with _ahead(_segments(path)) as segments:
+    done, sent, unheard = 0, 0, 0
+    with _ahead(_segments(bundle)) as segments:
         for segment in segments:
             pieces = segment
             if not fresh:
@@ -267,14 +303,10 @@ def send(
             if unheard > (1 if fresh else 0):  # one on its way while the next is made ready
                 device.hear()
                 unheard -= 1
-            for _, held in segment:
-                digest.update(held)
-                done += len(held)
-            observer.progress("kB", done // 1000, total // 1000)
+            done += sum(one.size_bytes for one, _ in segment)
+            observer.progress("kB", done // 1000, bundle.size_bytes // 1000)
     for _ in range(unheard):
         device.hear()
-    if digest.hexdigest() != sha256:
-        raise BundleError(f"{path} changed while it was sent; nothing was activated")
     return sent
 
 
@@ -285,14 +317,19 @@ def _listed(segment: _Segment) -> list[list[Any]]:
     return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
 
 
-def _segments(path: Path) -> Iterator[_Segment]:
+def _segments(bundle: Hashed) -> Iterator[_Segment]:
     found: _Segment = []
-    with path.open("rb") as file:
-        for piece in chunks_in(file):
-            found.append(piece)
-            if sum(one.size_bytes for one, _ in found) >= _SEGMENT:
+    digest, size = hashlib.sha256(), 0
+    with bundle.path.open("rb") as file:
+        for one, held in chunks_in(file):
+            digest.update(held)
+            found.append((one, held))
+            size += one.size_bytes
+            if size >= _SEGMENT:
                 yield found
-                found = []
+                found, size = [], 0
+    if digest.hexdigest() != bundle.sha256:
+        raise BundleError(f"{bundle.path} changed while it was sent; nothing was activated")
     if found:
         yield found
 

@@ -22,7 +22,7 @@ __all__ = ["SshTransport"]
 _CONNECT_S = 30.0
 _KEEPALIVE_S = 5.0  # three unanswered ones end the connection: a cut is noticed in 15 s
 _WRITE_S = 60.0
-_PIECE = 1 << 20  # of a write: what is encrypted at once
+_PIECE = 32 << 10  # of a write, a packet: asyncio logs the fifth one into a lost link
 _T = TypeVar("_T")
 
 
@@ -50,22 +50,34 @@ class SshTransport(Transport):
         if keys is not None:  # a board of the lab: nothing of the user's is asked or changed
             trusted = self._asyncssh.import_known_hosts(keys.known_hosts)
             known = {"client_keys": [str(keys.key)], "known_hosts": trusted, "config": None}
-        return await self._asyncssh.connect(
-            place.hostname,
-            port=port,
-            username=place.username or getpass.getuser(),
-            keepalive_interval=_KEEPALIVE_S,
-            connect_timeout=_CONNECT_S,
-            **known,
-        )
+        try:
+            return await self._asyncssh.connect(
+                place.hostname,
+                port=port,
+                username=place.username or getpass.getuser(),
+                keepalive_interval=_KEEPALIVE_S,
+                connect_timeout=_CONNECT_S,
+                **known,
+            )
+        except self._asyncssh.HostKeyNotVerifiable:
+            if keys is None and self._is_known(str(place.hostname), port):
+                raise TargetError(
+                    f"{self.target}: its host key is another than the one in known_hosts; either "
+                    "it was set up anew (ssh-keygen -R removes the old key), or this is not it"
+                ) from None
+            raise
+
+    def _is_known(self, host: str, port: int) -> bool:
+        file = Path.home() / ".ssh" / "known_hosts"
+        known = str(file) if file.exists() else b""
+        return any(self._asyncssh.match_known_hosts(known, host, "", port))
 
     async def _learn(self, place: SplitResult) -> None:
         """Add the host's key to known_hosts, unless there is one."""
         host, port = str(place.hostname), place.port or 22
-        file = Path.home() / ".ssh" / "known_hosts"
-        known = str(file) if file.exists() else b""
-        if keys_for(host, port) or any(self._asyncssh.match_known_hosts(known, host, "", port)):
+        if keys_for(host, port) or self._is_known(host, port):
             return
+        file = Path.home() / ".ssh" / "known_hosts"
         key = await self._asyncssh.get_server_host_key(host, port)
         if key is None:
             raise TargetError(f"{self.target}: it shows no host key")
@@ -155,6 +167,7 @@ class _SshConversation(Conversation):
                 for start in range(0, len(data), _PIECE):
                     self._process.stdin.write(data[start : start + _PIECE])
                     await self._process.stdin.drain()
+                    await asyncio.sleep(0)  # where a link that is lost is noticed
 
         self._check()
         self._transport.wait(work(), _WRITE_S, "a write")

@@ -239,8 +239,12 @@ class _Job:
             found["threads"], found["streams"] = self.contender.threads, worker.hello["streams"]
             start = time.monotonic()
             while (passed := time.monotonic() - start) < bench.budget_s or not samples:
-                before = (time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0)
                 try:
+                    if passed - looked >= 1:
+                        looked = passed
+                        self.out.moments.append(bench.site.moment())
+                        self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
+                    before = time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0
                     block = worker.take(0.1, most=20_000)
                 except EdgeKitError as error:
                     if not samples:
@@ -253,10 +257,6 @@ class _Job:
                 busy_s += time.monotonic() - before[0]
                 samples += block.samples_ns
                 cpu_ns += block.cpu_ns
-                if passed - looked >= 1:
-                    looked = passed
-                    self.out.moments.append(bench.site.moment())
-                    self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
                 if passed - checked >= 0.5 and passed >= 1:
                     checked = passed
                     if _settled(samples, bench.enough):

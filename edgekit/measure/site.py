@@ -166,6 +166,9 @@ class There(Site):
     def profile(self) -> DeviceProfile:
         return self._profile
 
+    def need(self, engines: Sequence[str], observer: Observer) -> None:
+        pass  # as here
+
     @property
     def runner(self) -> Runner:
         """The runtime there, in a session."""

@@ -27,7 +27,7 @@ def accept(
     path: Path, *, active: Optional[Path] = None, latency_ns: Optional[int] = None
 ) -> Dict[str, Any]:
     """What a sound bundle does here: `{"ok": True, "latency_ns", "memory_bytes", ...}`, and
-    `{"ok": False, "why"}` for one that must not be activated.
+    `{"ok": False, "why", "code"}` for one that must not be activated (3: for want of an engine).
 
     Limits are those of the chosen variant: `expected["limits"]["latency_ns"]` for the median, if it
     was measured on this kind of processor (`unused_limits` says so where it was not), 1.5 times
@@ -36,7 +36,8 @@ def accept(
     try:
         return _accept(path, active, latency_ns)
     except EdgeKitError as error:
-        return {"ok": False, "why": one_line(error).replace(f"{path}: ", "")}
+        why = one_line(error).replace(f"{path}: ", "")
+        return {"ok": False, "why": why, "code": error.exit_code}
 
 
 def _accept(path: Path, active: Optional[Path], limit_ns: Optional[int]) -> Dict[str, Any]:

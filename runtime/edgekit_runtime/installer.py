@@ -43,9 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["MAX_TRIES", "Desk", "Wire", "main", "remove_tree"]
 
 MAX_TRIES = 3
-_IDLE_S = 20.0  # a host that was cut off does not say so; one that lives says something every 5 s
+#: a host that was cut off does not say so; one that lives says something every 5 s, at least while
+#: others would have to wait for it
+_IDLE_S, _PATIENT_S = 20.0, 600.0
 _MAX_CHUNK = 1 << 20
 _SPARE = 1 << 20  # of disk, for what is not the bundle
+_SLOWEST = 1e6  # bytes a second that an old card writes
 
 
 class _Gone(Exception):  # noqa: N818
@@ -57,7 +60,7 @@ class Wire:
 
     def __init__(self, handle: int = 0) -> None:
         self._handle, self._pending = handle, bytearray()
-        self._heard = time.monotonic()
+        self._heard, self.idle_s = time.monotonic(), _PATIENT_S
         self.on_heard: Callable[[], None] = lambda: None
 
     def line(self) -> bytes:
@@ -78,7 +81,7 @@ class Wire:
         del self._pending[:have]
         view = view[have:]
         while view:
-            self._wait(_IDLE_S)
+            self._wait(self.idle_s)
             count = os.readv(self._handle, [view])
             if not count:
                 raise _Gone
@@ -89,12 +92,12 @@ class Wire:
         ready = self._ready([self._handle, *others], wait_s)
         if self._handle in ready:
             self._pending += self._read(1 << 16)
-        elif time.monotonic() - self._heard > _IDLE_S:
+        elif time.monotonic() - self._heard > self.idle_s:
             raise _Gone
         return [one for one in ready if one != self._handle]
 
     def _read(self, most: int) -> bytes:
-        self._wait(_IDLE_S)
+        self._wait(self.idle_s)
         data = os.read(self._handle, most)
         if not data:
             raise _Gone
@@ -231,6 +234,7 @@ class Desk:
         wanted = []
         with open(self._part, "r+b", 0) as part:
             for number, (sha, offset, size) in enumerate(chunks):
+                self._wire.alive([], 0)
                 if not self._empty and _chunk(self._part, offset, size, sha) is not None:
                     self._got[offset] = (sha, size)
                     continue
@@ -266,24 +270,25 @@ class Desk:
         return {}
 
     def commit(
-        self, *, file: str, sha256: str, trial: List[str], timeout_s: float = 120.0
+        self, *, file: str, sha256: str, trial: List[str], limit_s: float = 300.0
     ) -> Dict[str, Any]:
         """Try what came, or is there, keep it and activate it."""
         place = self.place
         active, _ = place.state()
         here = f"{place.versions}/{file}"
+        if self._lock is None or not is_version(file):
+            raise Refused("it was not begun", 2)
         if self._part:
             self._whole()
+            self._lock.heard(self._size / _SLOWEST)
             sync(self._part)
-        elif self._lock is None or not is_version(file):
-            raise Refused("it was not begun", 2)
         self._note("trial", file, sha256)
         command = [one.replace("{bundle}", self._part or here) for one in trial]
         if active:
             command += ["--active", f"{place.versions}/{active}"]
-        verdict = _try(command, timeout_s, self._wire)
+        verdict = _try(command, limit_s, self._wire)
         if not verdict.get("ok"):
-            self._failed(sha256, str(verdict.get("why")))
+            self._failed(sha256, str(verdict.get("why")), bundles=verdict.get("code") != 3)
         if self._part:
             self._note("keeping", file, sha256)
             place.keep(self._part, file)
@@ -334,7 +339,7 @@ class Desk:
         if self._lock is None:
             self.place.make()
             self._lock = Lock(self.place, self._owner)
-            self._wire.on_heard = self._lock.heard
+            self._wire.on_heard, self._wire.idle_s = self._lock.heard, _IDLE_S
 
     def _write(self, handle: int, data: memoryview, sha: str, offset: int) -> None:
         size = len(data)
@@ -356,14 +361,18 @@ class Desk:
         if at != self._size:
             raise Refused("the bundle did not arrive whole; deploy it again")
 
-    def _failed(self, sha256: str, why: str) -> None:
+    def _failed(self, sha256: str, why: str, *, bundles: bool) -> None:
+        """`bundles`: it is the bundle's fault, not that of what is installed here."""
         tries = load_json(self.place.tries)
         count = int(tries.get(sha256, {}).get("count", 0)) + 1
-        store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
+        if bundles:
+            store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
         if self._part:
             remove(self._part)
             self._part = ""
         self.place.done()
+        if not bundles:
+            raise Refused(f"it cannot be tried: {why}; nothing changed")
         raise Refused(f"it failed its trial ({count} of {MAX_TRIES}): {why}; nothing changed")
 
     def _note(self, step: str, file: str, sha256: str) -> None:
@@ -371,10 +380,15 @@ class Desk:
         store(self.place.journal, facts, durable=False)
 
     def _same(self, file: str, sha256: str) -> bool:
+        digest, buffer = sha256_of(), memoryview(bytearray(1 << 20))
         try:
-            return _hash(f"{self.place.versions}/{file}") == sha256
+            with open(f"{self.place.versions}/{file}", "rb", 0) as there:
+                while count := there.readinto(buffer):
+                    digest.update(buffer[:count])
+                    self._wire.alive([], 0)
         except FileNotFoundError:
             return False
+        return bool(digest.hexdigest() == sha256)
 
     def _room(self) -> None:
         there = 0 if self._empty else os.stat(self._part).st_blocks * 512
@@ -399,16 +413,6 @@ class Desk:
                 except (ValueError, TypeError):
                     continue
         return found
-
-
-def _hash(path: str) -> str:
-    digest, buffer = sha256_of(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", 0) as file:
-        while True:
-            count = file.readinto(buffer)
-            if not count:
-                return str(digest.hexdigest())
-            digest.update(buffer[:count])
 
 
 def _plain(path: str) -> bool:
@@ -510,7 +514,7 @@ def _verdict(code: int, said: bytes, words: bytes) -> Dict[str, Any]:
         found = parse(said.decode().strip().rpartition("\n")[2])
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {"ok": False, "why": last}
+    return found if isinstance(found, dict) else {"ok": False, "why": last, "code": code}
 
 
 def _reason(error: Exception) -> Tuple[str, int]:

@@ -2,8 +2,10 @@
 
 import ast
 import hashlib
+import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import archive, bundle, make_manifest
-from deployable import Maker
+from bundles import bundle, make_manifest
+from deployable import Maker, scaled
+from hostile import archives
+from service_story import Story
 
 import edgekit_runtime
+from edgekit.bundle import latency_limits
 from edgekit.deploy import connect
 from edgekit.deploy.chunks import LARGEST, chunks_of
 from edgekit.deploy.install import Device, Installed, deploy
 from edgekit.errors import TargetError, UsageError
-from edgekit_runtime import open_installed
-from edgekit_runtime.bundle import MANIFEST
+from edgekit_runtime import BundleError, load, open_installed, source
+from edgekit_runtime.bundle import Bundle
+from edgekit_runtime.machine import cpu_name
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx")
 FOLDER = str(Path(edgekit_runtime.__file__).parent)
@@ -71,6 +77,12 @@ def test_what_was_deployed_is_what_a_program_opens_and_rollback_goes_back(make, 
         assert session.manifest is not None and session.manifest.sequence == 1
 
 
+def test_a_service_answers_all_the_time_while_versions_change(make, tmp_path) -> None:
+    with connect("local") as here:
+        story = Story(here, sys.executable, str(tmp_path / "root"), "m")
+        assert story.tell(make, Maker(scaled(make.model, 2), tmp_path / "second"))["answers"] > 9
+
+
 def test_the_same_bundle_again_sends_nothing_and_a_changed_one_only_its_change(
     make, tmp_path
 ) -> None:
@@ -104,7 +116,7 @@ def test_chunks_cover_a_file_and_an_insertion_moves_few(tmp_path) -> None:
     ("fault", "says"),
     [
         ({"off": 0.5}, "golden output 'y'"),
-        ({"off": float("nan")}, "golden output 'y': NaN"),
+        ({"factor": float("nan")}, "golden output 'y': NaN"),
         ({"expected": {"limits": {"latency_ns": 1}}}, "the bundle's limit is"),
         ({"memory_bytes": 1000}, "of memory, the bundle says"),
     ],
@@ -114,6 +126,8 @@ def test_a_bundle_that_fails_its_trial_changes_nothing_and_is_refused_after_thre
 ) -> None:
     root = tmp_path / "root"
     good = install(root, make(1)).file
+    if "factor" in fault:
+        fault = {"model": scaled(make.model, fault["factor"])}
     bad = make(2, **fault)
     for number in (1, 2, 3):
         with pytest.raises(TargetError, match=says) as caught:
@@ -127,6 +141,26 @@ def test_a_bundle_that_fails_its_trial_changes_nothing_and_is_refused_after_thre
         made.ask("gc")
     with pytest.raises(TargetError, match="1 of 3"):
         install(root, bad, allow_older=True)
+
+
+def test_a_limit_holds_for_the_processor_it_was_measured_on(make, tmp_path) -> None:
+    here = {"arch": platform.machine(), "cpu": cpu_name(), "latency_ns": 1}
+    with pytest.raises(TargetError, match="the bundle's limit is"):
+        install(tmp_path / "root", make(1, expected={"limits": here}))
+    for number, (key, other) in enumerate((("cpu", "Another"), ("arch", "aarch65"))):
+        limits = {**here, key: other}
+        trial = install(tmp_path / "root", make(2 + number, expected={"limits": limits})).trial
+        assert trial["unused_limits"] == f"latency: measured on {other}"
+
+
+def test_limits_are_made_of_what_was_measured_on_a_processor_with_a_name() -> None:
+    where = {"target": "local", "arch": "x86_64"}
+    made = latency_limits({"p50": 1_000_000, "label": "measured"}, where)["limits"]
+    assert made["latency_ns"] == 5_100_000 and made["cpu"] == cpu_name()
+    assert latency_limits({"p50": 1_000_000, "label": "simulated"}, where) == {}
+    assert latency_limits({"p50": 1_000_000, "label": "measured"}, {"target": "ssh://x"}) == {}
+    named = {"target": "ssh://x", "arch": "aarch64", "cpu_id": "implementer 0x41 part 0xd08"}
+    assert latency_limits({"p50": 1, "label": "measured"}, named)["limits"]["arch"] == "aarch64"
 
 
 def test_an_older_one_needs_to_be_asked_for(make, tmp_path) -> None:
@@ -158,24 +192,73 @@ def test_a_bundle_for_another_processor_is_not_even_sent(make, tmp_path) -> None
         install(tmp_path / "root", make(1, machines=("riscv64",)))
 
 
-def test_flipped_bits_and_crafted_archives_reach_no_device(make, tmp_path) -> None:
-    root, good = tmp_path / "root", make(1).read_bytes()
-    bad = tmp_path / "bad.edgekit"
+def test_flipped_bits_and_crafted_archives_reach_no_engine_and_no_device(
+    make, tmp_path, monkeypatch
+) -> None:
+    root, good, bad = tmp_path / "root", make(1).read_bytes(), tmp_path / "bad.edgekit"
     rng = np.random.default_rng(3)
-    cases = []
+    cases = archives(good)
+    assert len(cases) >= 60
     for place in rng.integers(0, len(good), 60):
         data = bytearray(good)
         data[place] ^= 1 << int(rng.integers(8))
-        cases.append(bytes(data))
-    names = ("../x", "/etc/x", "a//b", "a/../../b", ".hidden")
-    cases += [archive([(MANIFEST, b"{}"), (name, b"x")]) for name in names]
-    cases += [b"", good[:-1], good + b"x", b"PK\x05\x06" + bytes(18)]
+        cases.append((f"bit at {place}", bytes(data)))
+    given: list[str] = []
+    monkeypatch.setattr(source, "load_engine", lambda name, *_: given.append(name))
     with device(root) as made:
-        for data in cases:
+        for what, data in cases:
             bad.write_bytes(data)
-            with pytest.raises(UsageError):
-                deploy(bad, made)
-        assert made.ask("status")["versions"] == []
+            for action in (lambda: deploy(bad, made), lambda: load(bad)):
+                with pytest.raises(UsageError) as caught:
+                    action()
+                assert "\n" not in str(caught.value) and str(bad) in str(caught.value), what
+        assert made.ask("status")["versions"] == [] and given == []
+
+
+def test_a_file_swapped_while_it_is_loaded_is_not_loaded_unverified(
+    make, tmp_path, monkeypatch
+) -> None:
+    good = make(1, extra=np.random.default_rng(7).bytes(500_000)).read_bytes()
+    evil, path = bytearray(good), tmp_path / "there.edgekit"
+    where = good.index(b"\x32", 300_000)  # inside the model
+    evil[where] ^= 1
+    given: list[bytes] = []
+    real = source.load_engine
+
+    def kept(name: str, files: dict[str, bytes], *rest: Any) -> Any:
+        given.extend(files.values())
+        return real(name, files, *rest)
+
+    monkeypatch.setattr(source, "load_engine", kept)
+    refused = 0
+    for number in range(30):
+        path.write_bytes(good)
+        swap = threading.Timer(number / 10_000, overwrite, (path, where, evil[where]))
+        swap.start()
+        try:
+            load(path).close()
+        except BundleError as error:
+            assert "is damaged: SHA-256" in str(error)
+            refused += 1
+        swap.join()
+    assert refused + len(given) == 30 and len(set(given)) <= 1
+    path.write_bytes(good)
+    verify = Bundle.verify
+
+    def late(self: Bundle, *rest: Any, **more: Any) -> Any:
+        found = verify(self, *rest, **more)
+        overwrite(path, where, evil[where])  # in the window between verifying and loading
+        return found
+
+    monkeypatch.setattr(Bundle, "verify", late)
+    load(path).close()
+    assert len(set(given)) == 1 and given[-1] in good and path.read_bytes() == bytes(evil)
+
+
+def overwrite(path: Path, where: int, byte: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(bytes([byte]))
 
 
 def test_two_at_once_and_the_second_is_told_whose(make, tmp_path) -> None:
@@ -186,11 +269,33 @@ def test_two_at_once_and_the_second_is_told_whose(make, tmp_path) -> None:
         assert second.ask("status")["active"] is None, "looking is always allowed"
 
 
-@pytest.mark.parametrize("python", ["no-such-python", "/bin/false"])
-def test_no_python_there_is_one_line(tmp_path, python) -> None:
-    with pytest.raises(TargetError) as caught, device(tmp_path, python=python):
+@pytest.mark.parametrize(
+    ("python", "says"),
+    [
+        ("no-such-python", "no no-such-python there; install Python 3.9 or newer"),
+        ("/bin/false", "does not run as Python 3.9 or newer does"),
+        ("/bin/cat", "does not run as Python 3.9 or newer does"),
+    ],
+)
+def test_no_python_there_is_one_line(tmp_path, python, says) -> None:
+    with pytest.raises(TargetError, match=says) as caught, device(tmp_path, python=python):
         pass
     assert "\n" not in str(caught.value) and caught.value.exit_code == 4
+
+
+def test_a_python_without_an_engine_is_not_the_bundles_fault(make, tmp_path) -> None:
+    root, bare = tmp_path / "root", tmp_path / "bare"
+    bare.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *' trial '*) exec '{sys.executable}' -I -S \"$@\";; esac\n"
+        f"exec '{sys.executable}' \"$@\"\n"
+    )
+    bare.chmod(0o755)
+    with device(root, python=str(bare)) as made:
+        for _ in range(4):
+            with pytest.raises(TargetError, match=r"cannot be tried: .*needs numpy and an engine"):
+                deploy(make(1), made)
+        assert made.ask("status")["failed_trials"] == {}
+    assert install(root, make(1)).state == "new"
 
 
 def test_too_old_a_python_is_said(tmp_path) -> None:
