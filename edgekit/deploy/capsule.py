@@ -21,7 +21,7 @@ from edgekit.errors import MissingToolError
 from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 
-__all__ = ["Capsule", "capsule", "native_sources", "runner_command"]
+__all__ = ["Capsule", "capsule", "engine_version", "native_sources", "runner_command"]
 
 #: of this SDK's tests; any from 1.21 on has the API that the runner asks for
 _ENGINE_VERSION = "1.31.1"
@@ -36,6 +36,7 @@ _TOOLS = {
     "make": "make", "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu", "dpkg-deb": "dpkg",
     "apt-get": "apt",
 }  # fmt: skip
+_PACKAGES = ("libonnxruntime-dev", "libc6", "libstdc++6", "libgcc-s1")
 _BUILD_S = 900
 
 
@@ -67,27 +68,26 @@ def capsule(observer: Observer | None = None) -> Capsule:
         MissingToolError: this machine has no compiler for Arm, or a download failed.
     """
     observer = observer or Observer()
-    version = _engine_version()
-    sources = native_sources()
+    version, sources = engine_version(), native_sources()
     texts = sorted(path for path in sources.iterdir() if path.is_file())
-    key = content_key(kind="capsule", recipe=1, engine=version, sources=file_sha256(*texts))
+    key = content_key(kind="capsule", recipe=2, engine=version, sources=file_sha256(*texts))
 
     def make(folder: Path) -> None:
         _need_tools()
-        observer.phase("building the runner for Arm, with what it needs of Debian (once)")
-        build = folder / "build"
-        _run(["make", "-C", str(sources), f"BUILD={build}", "aarch64"], "the runner")
+        parts = _parts(version, sources, observer)
+        observer.phase("building the runner for Arm (once)")
+        build, headers = folder / "build", parts / "debian/usr/include/onnxruntime"
+        _run(["make", "-C", str(sources), f"BUILD={build}", f"HEADERS={headers}", "aarch64"],
+             "the runner")  # fmt: skip
         whole = folder / "capsule"
         (whole / "lib").mkdir(parents=True)
         shutil.copy(build / "aarch64" / "edgekit-run", whole / "edgekit-run")
         for name in _LIBRARIES:
-            shutil.copy(_library(build / "debian", name), whole / "lib" / name)
-        observer.phase(f"fetching onnxruntime {version} for Arm")
-        (whole / "lib" / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+            shutil.copy(_library(parts / "debian", name), whole / "lib" / name)
+        shutil.copy(parts / "libonnxruntime.so.1", whole / "lib" / "libonnxruntime.so.1")
         for path in whole.rglob("*"):
             path.chmod(0o755)
-        for left in (build, folder / "wheels"):
-            shutil.rmtree(left)
+        shutil.rmtree(build)
 
     made = Cache().folder(key, make) / "capsule"
     listed = [path for path in sorted(made.rglob("*")) if path.is_file()]
@@ -116,11 +116,27 @@ def runner_command(folder: str) -> list[str]:
     return [*loader, f"{folder}/edgekit-run"]
 
 
-def _engine_version() -> str:
+def engine_version() -> str:
+    """That of the ONNX Runtime in the capsule: the one installed here, or the tests'."""
     try:
         return metadata.version("onnxruntime")
     except metadata.PackageNotFoundError:
         return _ENGINE_VERSION
+
+
+def _parts(version: str, sources: Path, observer: Observer) -> Path:
+    """What others made: Debian's libraries and headers, the engine."""
+    script = sources / "debian.sh"
+    key = content_key(kind="capsule-parts", recipe=1, engine=version, script=file_sha256(script))
+
+    def make(folder: Path) -> None:
+        observer.phase(f"fetching onnxruntime {version} and Debian's C library for Arm (once)")
+        _run(["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages")
+        (folder / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+        for left in ("wheels", "debian/usr/share", "debian/usr/lib/aarch64-linux-gnu/gconv"):
+            shutil.rmtree(folder / left, ignore_errors=True)
+
+    return Cache().folder(key, make)
 
 
 def _need_tools() -> None:

@@ -11,17 +11,23 @@
 #include "fail.h"
 #include "memory.h"
 
-enum { IDLE_MS = 20000, PIECE = 1 << 16, MAX_LINE = 64 << 20 };
+enum { PIECE = 1 << 16, MAX_LINE = 64 << 20 };
+// A host that was cut off does not say so; one that lives says something every 5 s, at least while
+// others would have to wait for it.
+static const int64_t IDLE_NS = 20000000000, PATIENT_NS = 600000000000;
 
 static struct wire wire;
 static char *pending;
 static size_t length, room;
-static int64_t heard;
+static int64_t heard, idle_ns;
 
 void wire_open(struct wire given) {
     wire = given;
     heard = clock_ns();
+    idle_ns = PATIENT_NS;
 }
+
+void wire_be_strict(void) { idle_ns = IDLE_NS; }
 
 static _Noreturn void gone(void) {
     wire.on_end();
@@ -62,7 +68,7 @@ bool wire_wait(int other, int wait_ms) {
     int ready = poll(both, other < 0 ? 1 : 2, wait_ms);
     if (ready > 0 && both[0].revents)
         read_more();
-    else if (clock_ns() - heard > IDLE_MS * INT64_C(1000000))
+    else if (clock_ns() - heard > idle_ns)
         gone();
     return ready > 0 && other >= 0 && both[1].revents;
 }
