@@ -131,7 +131,9 @@ def _parts(version: str, sources: Path, observer: Observer) -> Path:
 
     def make(folder: Path) -> None:
         observer.phase(f"fetching onnxruntime {version} and Debian's C library for Arm (once)")
-        _run(["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages")
+        _run(
+            ["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages"
+        )
         (folder / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
         for left in ("wheels", "debian/usr/share", "debian/usr/lib/aarch64-linux-gnu/gconv"):
             shutil.rmtree(folder / left, ignore_errors=True)
@@ -158,7 +160,7 @@ def _library(root: Path, name: str) -> Path:
 def _engine(version: str, work: Path) -> bytes:
     """The C library out of the wheel."""
     line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", "3.11",
+            "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", "3.11",  # noqa: E501
             "--dest", str(work)]  # fmt: skip
     for one in _PLATFORMS:
         line += ["--platform", one]

@@ -12,6 +12,7 @@ __all__ = ["RUNNER_ENGINE", "android_state", "with_runner"]
 
 #: the one engine of the native runner
 RUNNER_ENGINE = "onnxruntime"
+_SCREEN = {"Awake": "on", "Asleep": "off", "Dozing": "off"}
 
 
 def android_state(say: Callable[[str], str]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def android_state(say: Callable[[str], str]) -> dict[str, Any]:
         if level is not None and known and scale else None,
         "battery_temperature_c": None if tenths is None else tenths / 10,
         "thermal_status": _number(thermal, "Thermal Status"),
-        "screen": {"Awake": "on", "Asleep": "off", "Dozing": "off"}.get(awake[1]) if awake else None,
+        "screen": _SCREEN.get(awake[1]) if awake else None,
     }  # fmt: skip
 
 

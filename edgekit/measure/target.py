@@ -23,7 +23,8 @@ from edgekit.measure.site import HERE, Site, There
 from edgekit.observer import Observer
 
 __all__ = [
-    "EMULATED", "INSTRUCTIONS", "Target", "TargetSite", "facts_of", "label_of", "open_site",
+    "EMULATED", "INSTRUCTIONS", "PhoneSite", "Target", "TargetSite", "facts_of", "label_of",
+    "open_site",
 ]  # fmt: skip
 
 _SLOW_S = 300.0  # an emulated board takes minutes for what a device does in a second
