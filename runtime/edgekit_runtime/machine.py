@@ -58,7 +58,7 @@ def energy_joules() -> Optional[float]:
 
 def rss_bytes() -> Optional[int]:
     """The process's resident memory."""
-    return _status("VmRSS:")
+    return _status("VmRSS:").get("VmRSS:")
 
 
 def peak_rss_bytes() -> int:
@@ -66,7 +66,7 @@ def peak_rss_bytes() -> int:
 
     From VmHWM on Linux: `getrusage` there starts a child at its parent's peak.
     """
-    peak = _status("VmHWM:")
+    peak = _status("VmHWM:").get("VmHWM:")
     if peak is not None:
         return peak
     try:
@@ -80,10 +80,11 @@ def peak_rss_bytes() -> int:
 def memory_bytes() -> Dict[str, Optional[int]]:
     """The process's memory: `rss`, its parts `anonymous` and `file` (mapped files: the kernel can
     drop them), `pss` (pages shared with others counted in parts) and `peak` resident."""
-    rss, anonymous, mapped = _status("VmRSS:"), _status("RssAnon:"), _status("RssFile:")
-    pss = _status("Pss:", "/proc/self/smaps_rollup")
+    found = _status("VmRSS:", "RssAnon:", "RssFile:")  # of one moment: the parts fit the whole
     return {
-        "rss": rss, "anonymous": anonymous, "file": mapped, "pss": pss, "peak": peak_rss_bytes(),
+        "rss": found.get("VmRSS:"), "anonymous": found.get("RssAnon:"),
+        "file": found.get("RssFile:"), "peak": peak_rss_bytes(),
+        "pss": _status("Pss:", path="/proc/self/smaps_rollup").get("Pss:"),
     }  # fmt: skip
 
 
@@ -124,12 +125,12 @@ def cpu_name(text: Optional[str] = None) -> Optional[str]:
     return found.get("model name") or found.get("cpu model") or None
 
 
-def _status(key: str, path: str = "/proc/self/status") -> Optional[int]:
-    with contextlib.suppress(OSError), Path(path).open() as status:
-        for line in status:
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    return None
+def _status(*keys: str, path: str = "/proc/self/status") -> Dict[str, int]:
+    """Bytes by key, as far as the file tells them; all are of one moment."""
+    with contextlib.suppress(OSError):
+        lines = (line.split() for line in Path(path).read_text().splitlines())
+        return {line[0]: int(line[1]) * 1024 for line in lines if line and line[0] in keys}
+    return {}
 
 
 def _numbers(folder: str, pattern: str) -> List[int]:
