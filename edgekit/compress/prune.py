@@ -115,7 +115,7 @@ def prune(
     versions = tool_versions(("onnx", "onnxruntime"))
     importance = pruning.importance if pruning.method == "channels" else ""
     common = {
-        "recipe": 4, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
+        "recipe": 6, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
         "tools": versions, "importance": importance,
     }  # fmt: skip
 

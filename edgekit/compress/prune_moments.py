@@ -14,6 +14,8 @@ __all__ = ["Moments", "input_moments", "outputs_at", "up_to"]
 
 #: positions of an image that are looked at in each sample
 _POSITIONS = 64
+#: the weight of the diagonal, at most
+_MOST_DOUBT = 0.9
 #: rows that are multiplied together
 _HELD = 512
 
@@ -23,13 +25,38 @@ class Moments:
     """Of the inputs x of a layer, per group, and of targets y: float64.
 
     xx: (groups, terms, terms), the mean of (x - mean) (x - mean)^T, or of x x^T where the layer
-    has no bias to take the mean up. yx: (groups, outputs per group, terms), likewise.
+    has no bias to take the mean up. yx: (groups, outputs per group, terms), likewise. rows: how
+    many x they are of.
     """
 
     mean: Array
     xx: Array
     target: Array
     yx: Array
+    rows: int
+
+    def doubted(self) -> Array:
+        """xx with as much added to its diagonal as so few rows call for: seen 200 times, each of
+        1,000 inputs follows from the others, and to take that for granted is wrong of new samples.
+
+        The weight of the diagonal is that of oracle approximating shrinkage (Chen, Wiesel, Eldar
+        and Hero, IEEE Trans. Signal Processing 58(10), 2010, equation 23) of the correlations.
+        """
+        return np.stack([one + np.diag(_doubt(one, self.rows)) for one in self.xx])
+
+
+def _doubt(xx: Array, rows: int) -> Array:
+    """What is added to the diagonal."""
+    terms, own = len(xx), np.diag(xx)
+    known = own > 1e-12 * own.max(initial=0.0)
+    if terms < 2 or not known.any():
+        return np.zeros(terms)
+    scale = np.where(known, own, 1.0) ** -0.5 * known
+    spread = float((np.square(xx * scale[:, None] * scale)).sum())
+    size = int(known.sum())
+    off = (rows + 1 - 2 / size) * (spread - size)
+    share = min(_MOST_DOUBT, ((1 - 2 / size) * spread + size**2) / off) if off > 0 else _MOST_DOUBT
+    return share / (1 - share) * own
 
 
 class _Sums:
@@ -69,7 +96,7 @@ class _Sums:
             x, y = np.zeros_like(x), np.zeros_like(y)
         xx = self.xx / count - x[:, :, None] * x[:, None, :]
         yx = self.yx / count - y[:, :, None] * x[:, None, :]
-        return Moments(x, xx, y, yx)
+        return Moments(x, xx, y, yx, self.count)
 
 
 def input_moments(

@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def measure_onnx(
     layers = _layers(model, weights)
     moments: dict[str, Moments] = {}
     if importance in ("", "activation", "second-order"):
-        moments = input_moments(model, layers, weights, islice(samples, _SAMPLES))
+        found = input_moments(model, layers, weights, islice(samples, _SAMPLES))
+        moments = {name: replace(one, xx=one.doubted()) for name, one in found.items()}
     arrays: dict[str, Array] = {}
     for number, layer in enumerate(layers):
         if layer.weight in moments:
@@ -132,7 +134,7 @@ def prune_onnx(
 
 def _moments(arrays: dict[str, Array], number: int) -> Moments:
     xx, mean = arrays[f"xx-{number}"].astype(np.float64), arrays[f"mean-{number}"]
-    return Moments(mean, xx, np.zeros(0), np.zeros(0))
+    return Moments(mean, xx, np.zeros(0), np.zeros(0), 0)
 
 
 def _zeros(

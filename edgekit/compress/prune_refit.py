@@ -7,6 +7,7 @@ Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,8 @@ def fit_layer(  # noqa: PLR0917
     Returns the moments of what flows into it, and whether it was fitted."""
     aim = _targets(model, original, kept, samples)
     known = input_moments(changed, [layer], weights, samples(), aim)[layer.weight]
-    return known, _fit(layer, weights, known)
+    done = _fit(layer, weights, known)
+    return replace(known, xx=known.doubted()), done
 
 
 def _behind(classes: Classes, gone: NDArray[np.bool_]) -> set[int]:
@@ -141,12 +143,13 @@ def _targets(
 
 
 def _fit(layer: Layer, weights: dict[str, Array], known: Moments) -> bool:
-    """W + (yx - W xx) (xx + ridge)^-1; the bias takes the means up."""
+    """W + (yx - W xx) (xx + doubt + ridge)^-1; the bias takes the means up."""
     rows = layer.rows(weights)
     parts = rows.reshape(layer.group, -1, rows.shape[1])
-    diagonal = np.einsum("gii->gi", known.xx)
+    xx = known.doubted()
+    diagonal = np.einsum("gii->gi", xx)
     ridge = _RIDGE * diagonal.mean(axis=1) + 1e-12
-    damped = known.xx + ridge[:, None, None] * np.eye(rows.shape[1])
+    damped = xx + ridge[:, None, None] * np.eye(rows.shape[1])
     off = known.yx - parts @ known.xx
     new = parts + np.linalg.solve(damped, off.transpose(0, 2, 1)).transpose(0, 2, 1)
     if not np.isfinite(new).all():

@@ -20,8 +20,8 @@ __all__ = ["columns_first", "sparsify", "zero_by_output", "zero_smallest"]
 
 #: added to the diagonal, as a share of its mean; columns whose masks are chosen together
 _DAMPING, _COLUMNS = 0.01, 128
-#: of a layer, at most, where layers share what goes
-_MOST = 0.95
+#: where layers share what goes, so much of what is left goes of one at most
+_MOST = 0.4
 
 
 def zero_smallest(rows: Array, share: float, pattern: tuple[int, int] | None) -> Array:
@@ -153,19 +153,20 @@ def _shares(
             made.append(part**2 / np.diag(np.linalg.inv(_damped(xx))))
         errors[layer.weight] = np.sort(np.concatenate(made).reshape(-1)) / energy
     total = sum(one.size for one in errors.values())
+    most = amount + _MOST * (1 - amount)
     low, high = 0.0, 1.0
     bounds = np.sort(np.concatenate(list(errors.values())))
-    for _ in range(40):  # the bound, as a share of all errors; what is over _MOST stays
+    for _ in range(40):  # the bound, as a share of all errors
         middle = (low + high) / 2
         bound = bounds[min(int(middle * total), total - 1)]
-        gone = sum(_share(one, bound) * one.size for one in errors.values())
+        gone = sum(_share(one, bound, most) * one.size for one in errors.values())
         low, high = (middle, high) if gone < amount * total else (low, middle)
     bound = bounds[min(int(high * total), total - 1)]
-    return {name: _share(one, bound) for name, one in errors.items()}
+    return {name: _share(one, bound, most) for name, one in errors.items()}
 
 
-def _share(errors: Array, bound: float) -> float:
-    return min(_MOST, float(np.searchsorted(errors, bound)) / errors.size)
+def _share(errors: Array, bound: float, most: float) -> float:
+    return min(most, float(np.searchsorted(errors, bound)) / errors.size)
 
 
 def _damped(xx: Array) -> Array:

@@ -24,7 +24,7 @@ from edgekit.compress.prune_axes import Classes
 from edgekit.compress.prune_channels import analyse, remove, weights_of
 from edgekit.compress.prune_choose import choose, choose_evenly, latency_costs, share_saved
 from edgekit.compress.prune_latency import interpolate, layer_shapes, measure_layers
-from edgekit.compress.prune_moments import input_moments
+from edgekit.compress.prune_moments import Moments, input_moments
 from edgekit.compress.prune_noise import Output, noise_db
 from edgekit.compress.prune_refit import compensated, refit
 from edgekit.compress.prune_score import Reader, curves, groups_of, readers_in
@@ -160,7 +160,7 @@ def test_zeros_go_where_they_cost_least() -> None:
     rows = sparsify(layers, weights, moments, 0.12, None)
     share = [row["zeros"] / row["weights"] for row in rows]
     assert sum(row["zeros"] for row in rows) == pytest.approx(0.12 * (216 + 48), abs=3)
-    assert share[1] > 0.5 > 0.1 > share[0]
+    assert share[1] > 0.4 > 0.1 > share[0]
 
 
 def test_noise_is_the_power_over_that_of_the_difference() -> None:
@@ -528,3 +528,27 @@ def test_pruned_and_quantized(case, tmp_path) -> None:
     builder.evaluate(reference, source, split.selection, limits, lambda *_: None)
     found = builder.evaluate(plan[3], small, split.selection, limits, lambda *_: None)
     assert found["metric"] > 0.5
+
+
+def test_few_samples_are_doubted_and_many_are_not() -> None:
+    """Of 200 rows of 400 independent inputs, each seems to follow from the others: what was learned
+    from them must not be believed on new ones."""
+    rng = np.random.default_rng(3)
+    few, many = rng.normal(size=(200, 400)), rng.normal(size=(40_000, 400))
+    empty = np.zeros(0)
+    seen = Moments(np.zeros(400), (few.T @ few / 200)[None], empty, empty, 200)
+    weights = rng.normal(size=(3, 400))
+    keep = np.arange(400) < 300
+    target = many @ weights.T
+
+    def off(xx: np.ndarray) -> float:
+        inner = xx[np.ix_(keep, keep)] + 1e-9 * np.eye(300)
+        fitted = np.linalg.solve(inner, (weights @ xx[:, keep]).T).T
+        return float(((target - many[:, keep] @ fitted.T) ** 2).mean())
+
+    alone = float(((many[:, ~keep] @ weights[:, ~keep].T) ** 2).mean())  # what only goes away
+    assert off(seen.xx[0]) > 1.5 * alone
+    assert off(seen.doubted()[0]) < 1.2 * alone
+    mixed = many @ rng.normal(size=(400, 400))  # these do follow from each other
+    enough = Moments(np.zeros(400), (mixed.T @ mixed / 40_000)[None], empty, empty, 40_000)
+    assert np.diag(enough.doubted()[0] / enough.xx[0]).max() < 1.05
