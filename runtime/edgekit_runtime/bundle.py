@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import struct
 import sys
 import zlib
@@ -114,8 +115,6 @@ def _entries(directory: bytes, count: int) -> List[_Entry]:
             raise BundleError(f"refused the path {name[:80]!r}: not a plain relative path")
         if (fields[-2] >> 16) & 0o170000 == 0o120000:
             raise BundleError(f"{name} is a link; only plain files are allowed")
-        if method not in (0, _DEFLATED) or (not method and stored != size):
-            raise BundleError(f"{name} is compressed; bundles store or deflate files")
         if extra:
             raise BundleError(f"the archive is not canonical at {name!r}")
         found.append(_Entry(name, method, stored, size, crc, fields[-1]))
@@ -159,7 +158,7 @@ class Bundle:
         entry = next((e for e in self.manifest.files if e.path == path), None)
         if entry is None:
             raise BundleError(f"{self.path}: no file {path!r} in this bundle")
-        data = b"".join(self._content(entry)) if entry.deflated else self._stored(entry.path)
+        data = b"".join(self._content(entry, entry.size_bytes))
         if verify:
             digest = self._sha256()
             digest.update(data)
@@ -255,11 +254,9 @@ class Bundle:
         entry = self._entries.get(MANIFEST)
         if entry is None:
             raise BundleError(f"no {MANIFEST}: not an EdgeKit bundle")
-        if entry.size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST} has {entry.size} bytes, at most 4 MiB are allowed")
-        if entry.method:
-            raise BundleError(f"{MANIFEST} is compressed; it must be readable as it is")
-        data = self._stored(MANIFEST)
+        if entry.stored > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST} has {entry.stored} bytes, at most 4 MiB are allowed")
+        data = b"".join(self._raw(MANIFEST))
         if zlib.crc32(data) != entry.crc32:
             raise BundleError(f"{MANIFEST} is damaged: its checksum differs")
         return data
@@ -269,8 +266,12 @@ class Bundle:
         if len(declared) != len(self.manifest.files):
             raise BundleError("the manifest lists a file twice")
         for path, one in self._entries.items():
-            if one.method and not (path in declared and declared[path].deflated):
-                raise BundleError(f"{path} is compressed, and the manifest does not say so")
+            packed = declared[path].deflated if path in declared else None
+            wanted = (_DEFLATED, packed.size_bytes) if packed else (0, one.size)
+            if (one.method, one.stored) != wanted:
+                raise BundleError(f"{path} is compressed other than the manifest says")
+            if one.size > MAX_INFLATION * one.stored:
+                raise BundleError(f"{path} would be over {MAX_INFLATION} times larger, inflated")
         found = set(self._entries) - {MANIFEST}
         if found != set(declared):
             odd = sorted(found ^ set(declared))[0]
@@ -284,64 +285,37 @@ class Bundle:
                 raise BundleError(f"{path} has {size} bytes, the manifest says {entry.size_bytes}")
             if entry.crc32 != self._entries[path].crc32:  # of the archive; hashing is `verify`'s
                 raise BundleError(f"{path} has another CRC-32 in the archive than in the manifest")
-            self._check_deflated(entry)
-        if sum(entry.size_bytes for entry in declared.values()) > MAX_BUNDLE_BYTES:
-            raise BundleError(f"more than {MAX_BUNDLE_BYTES} bytes in all, inflated")
 
-    def _check_deflated(self, entry: FileEntry) -> None:
-        found, packed = self._entries[entry.path], entry.deflated
-        if packed is None:
-            return
-        if not found.method or found.stored != packed.size_bytes:
-            raise BundleError(f"{entry.path} is not deflated to what the manifest says")
-        if entry.size_bytes > MAX_INFLATION * packed.size_bytes:
-            raise BundleError(f"{entry.path} would be over {MAX_INFLATION} times larger, inflated")
-
-    def _seek(self, path: str) -> None:
-        self._file.seek(self._entries[path].offset + _LOCAL.size + len(path))
-
-    def _stored(self, path: str) -> bytes:
-        """All that lies in the archive, as it is."""
-        size = self._entries[path].stored
-        self._seek(path)
-        data = self._file.read(size)
-        if len(data) != size:
-            raise BundleError(f"{self.path}: the file ends inside {path}")
-        return data
-
-    def _chunks(self, path: str) -> Iterator[bytes]:
-        """The same in pieces."""
+    def _raw(self, path: str, most: int = _CHUNK) -> Iterator[bytes]:
+        """What lies in the archive, in pieces."""
         left = self._entries[path].stored
-        self._seek(path)
+        self._file.seek(self._entries[path].offset + _LOCAL.size + len(path))
         while left:
-            chunk = self._file.read(min(left, _CHUNK))
+            chunk = self._file.read(min(left, most))
             if not chunk:
                 raise BundleError(f"{self.path}: the file ends inside {path}")
             yield chunk
             left -= len(chunk)
 
-    def _content(self, entry: FileEntry) -> Iterator[bytes]:
-        """What is in a file, in pieces of bounded size; inflated, never more than is declared."""
+    def _content(self, entry: FileEntry, most: int = _CHUNK) -> Iterator[bytes]:
+        """What is in a file, in pieces (of `most` if stored); inflated, little over what is
+        declared at most."""
         if entry.deflated is None:
-            yield from self._chunks(entry.path)
+            yield from self._raw(entry.path, most)
             return
-        digest, inflater = self._sha256(), zlib.decompressobj(-zlib.MAX_WBITS)
-        left = entry.size_bytes
+        digest, inflater, left = self._sha256(), zlib.decompressobj(-15), entry.size_bytes
         try:
-            for chunk in self._chunks(entry.path):
+            for chunk in itertools.chain(self._raw(entry.path), (b"",)):
                 digest.update(chunk)
-                rest = chunk
-                while rest and left >= 0:
+                rest: Optional[bytes] = chunk
+                while rest is not None and left >= 0:
                     piece = inflater.decompress(rest, _CHUNK)
-                    rest, left = inflater.unconsumed_tail, left - len(piece)
+                    rest, left = inflater.unconsumed_tail or None, left - len(piece)
                     yield piece
-            piece = inflater.decompress(b"", _CHUNK)
-            yield piece
-        except zlib.error as error:
-            raise BundleError(f"{self.path}: {entry.path} is damaged: {one_line(error)}") from None
-        if left != len(piece) or not inflater.eof or inflater.unused_data:
-            raise BundleError(f"{self.path}: {entry.path} is damaged: it does not inflate to "
-                              f"{entry.size_bytes} bytes")  # fmt: skip
+        except zlib.error:
+            left = -1
+        if left or not inflater.eof or inflater.unused_data:
+            raise BundleError(f"{self.path}: {entry.path} is damaged: it inflates to other sizes")
         self._compare(entry, digest.hexdigest(), entry.deflated.sha256)
 
     def _stream_hash(self, entry: FileEntry) -> str:

@@ -315,8 +315,8 @@ def _attributes(value: int) -> Callable[[zipfile.ZipInfo], None]:
         (_attributes(0o020644 << 16), "canonical"),  # a device
         (_attributes(0o104644 << 16), "canonical"),  # set-user-id
         (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_DEFLATED), "is compressed"),
-        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_BZIP2), "is compressed"),
-        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_LZMA), "is compressed"),
+        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_BZIP2), "canonical"),
+        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_LZMA), "canonical"),
         (lambda entry: setattr(entry, "date_time", (2026, 1, 1, 0, 0, 0)), "canonical"),
         (lambda entry: setattr(entry, "comment", b"hidden"), "canonical"),
         (lambda entry: setattr(entry, "extra", b"\x99\x99\x02\x00hi"), "canonical"),
@@ -508,7 +508,7 @@ def test_flipped_bits_of_a_deflated_file_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("declared", "says"),
     [
-        ({"size_bytes": 3}, "not deflated to what the manifest says"),
+        ({"size_bytes": 3}, "is compressed other than"),
         ({"sha256": "0" * 64}, "is damaged: SHA-256"),
     ],
 )
@@ -526,7 +526,7 @@ def test_stored_files_are_not_said_to_be_deflated(refused: Callable[..., str]) -
         for one in bundles.listed(SPARSE)
     )
     made = bundles.bundle(bundles.make_manifest(SPARSE, files=files), SPARSE)
-    assert "not deflated to what the manifest says" in refused(made)
+    assert "is compressed other than" in refused(made)
 
 
 @pytest.mark.parametrize("kind", ["more", "less", "behind", "cut"])
@@ -551,12 +551,27 @@ def test_streams_that_inflate_to_something_else_are_refused(
 
     monkeypatch.setattr(zipfile, "_get_compressor", lambda kind, *_: Packer() if kind else None)
     monkeypatch.setattr(bundles, "raw_deflate", lambda _: stream)
-    assert "does not inflate to" in refused(bundles.deflated_bundle(SPARSE, name))
+    assert "it inflates to other sizes" in refused(bundles.deflated_bundle(SPARSE, name))
 
 
 def test_declared_bombs_are_refused_unopened(refused: Callable[..., str]) -> None:
     bomb = {**SPARSE, "a/model.onnx": bytes(1 << 20)}
     assert "times larger, inflated" in refused(bundles.deflated_bundle(bomb, "a/model.onnx"))
+
+
+def test_compressed_manifests_are_refused(refused: Callable[..., str]) -> None:
+    def written(text: bytes) -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as archive:
+            for path, data in [(MANIFEST, text), *ENTRIES[1:]]:
+                entry = archive_entry(path, len(data), deflated=path == MANIFEST)
+                archive.writestr(entry, data, compresslevel=0 if len(text) > 9999 else 6)
+        return out.getvalue()
+
+    assert "is damaged" in refused(written(TEXT))
+    large = written(bytes(5 << 20))  # level 0: as many bytes as it says, and some more
+    assert "at most 4 MiB" in refused(large)
+    assert "at most 4 MiB" in refused(large.replace(struct.pack("<L", 5 << 20), b"\1\0\0\0"))
 
 
 def test_a_bundle_in_a_bundle_is_not_opened(refused: Callable[..., str]) -> None:
