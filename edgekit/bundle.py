@@ -23,6 +23,7 @@ from edgekit.pipeline import Pipeline
 from edgekit_runtime.arrays import read_npz, write_npz
 from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, MAX_INFLATION, archive_entry
 from edgekit_runtime.loading import load
+from edgekit_runtime.machine import cpu_name
 from edgekit_runtime.manifest import (
     SCHEMA,
     Deflated,
@@ -34,7 +35,7 @@ from edgekit_runtime.manifest import (
 )
 from edgekit_runtime.worker import synthetic_inputs
 
-__all__ = ["VariantSource", "make_golden", "write_bundle"]
+__all__ = ["VariantSource", "latency_limits", "make_golden", "write_bundle"]
 
 _GOLDEN_SAMPLES = 3
 #: a model that deflates to at most this share of its bytes is stored so: sparse ones do, dense ones
@@ -55,6 +56,28 @@ class VariantSource:
     placement: Mapping[str, float]
     expected: Mapping[str, Any]
     memory_bytes: int | None = None
+
+
+def latency_limits(
+    latency: Mapping[str, Any], conditions: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a device that tries the bundle refuses it for: `{"limits": {"latency_ns", "rule",
+    "arch", "cpu"}}`, five times the measured p50 and 0.1 ms.
+
+    A hot board runs at a third of its clock, a busy one shares it; what is ten times slower is
+    something else. Empty for what was not measured, or on a processor nobody named: a limit holds
+    for the kind of processor that it was measured on. `conditions` of another machine than this say
+    `arch` and `cpu_id` (`edgekit_runtime.machine.cpu_name` there).
+    """
+    cpu = cpu_name() if conditions.get("target") == "local" else conditions.get("cpu_id")
+    if latency.get("label") != "measured" or not cpu or not latency.get("p50"):
+        return {}
+    return {
+        "limits": {
+            "latency_ns": 5 * int(latency["p50"]) + 100_000, "rule": "5 x p50 + 0.1 ms",
+            "arch": conditions["arch"], "cpu": cpu,
+        }
+    }  # fmt: skip
 
 
 def write_bundle(

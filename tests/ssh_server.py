@@ -26,8 +26,10 @@ async def run(process: Any) -> None:
     assert child.stdin is not None
 
     async def feed() -> None:
-        with contextlib.suppress(OSError):
-            await copy(process.stdin, child.stdin)
+        try:
+            with contextlib.suppress(Exception):  # of a link that is lost
+                await copy(process.stdin, child.stdin)
+        finally:
             child.stdin.close()
 
     feeding = asyncio.create_task(feed())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,10 @@ from cyclopts import Parameter
 
 from edgekit.cli.console import TerminalObserver, print_json, seconds, size, stdout
 from edgekit.deploy import connect
-from edgekit.deploy.install import Device
+from edgekit.deploy.install import Device, checked
 from edgekit.deploy.install import deploy as install
 from edgekit.errors import UsageError
+from edgekit.measure.target import Target, open_site
 
 __all__ = ["deploy", "gc", "rollback", "status"]
 
@@ -32,6 +34,7 @@ def deploy(
     max_latency: str | None = None,
     allow_older: Flag = False,
     any_profile: Flag = False,
+    provision: Flag = False,
     accept_new_host_key: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -60,6 +63,8 @@ def deploy(
         Also a bundle of a lower sequence than the active one.
     any_profile
         Also a bundle that was made for another device.
+    provision
+        Bring numpy and the bundle's engines to a device that has none: wheels are resolved here.
     accept_new_host_key
         Add the key of a host that is not known yet to known_hosts.
     json
@@ -71,12 +76,19 @@ def deploy(
     limit = _nanoseconds(max_latency)
     with (
         TerminalObserver() as observer,
-        _device(to, name, python, root, accept=accept_new_host_key) as device,
+        ThreadPoolExecutor(1) as beside,  # hashes while the device is connected
     ):
-        done = install(
-            bundle, device, allow_older=allow_older, any_profile=any_profile, max_latency_ns=limit,
-            observer=observer,
-        )  # fmt: skip
+        ready = beside.submit(checked, bundle)
+        packages = ""
+        if provision:
+            target = Target(to, python, root, provision, accept_new_host_key)
+            packages = _provisioned(bundle, target, observer)
+        with _device(to, name, python, root, accept=accept_new_host_key) as device:
+            device.packages = packages
+            done = install(
+                ready.result(), device, allow_older=allow_older, any_profile=any_profile,
+                max_latency_ns=limit, observer=observer,
+            )  # fmt: skip
     if json:
         print_json({"schema": "edgekit.deploy/1", "target": to, **vars(done)})
         return
@@ -190,7 +202,7 @@ def gc(
         One JSON object on stdout (schema edgekit.gc/1).
     """
     with _device(to, as_, python, root) as device:
-        found = device.ask("gc")
+        found = device.ask("gc", runtime=device.runtime)
     if json:
         print_json({"schema": "edgekit.gc/1", "target": to, **found})
     else:
@@ -206,6 +218,17 @@ def _device(
         Device(transport, name, root=root, python=python) as device,
     ):
         yield device
+
+
+def _provisioned(bundle: Path, target: Target, observer: TerminalObserver) -> str:
+    """Have numpy and the bundle's engines there; the folder of what was brought, if anything."""
+    from edgekit_runtime.bundle import Bundle
+
+    with Bundle(bundle) as opened:
+        engines = [one.engine for one in opened.manifest.variants]
+    site = open_site(target, observer)
+    site.need(engines, observer)
+    return site.packages_folder
 
 
 def _name_in(bundle: Path) -> str:

@@ -1,6 +1,6 @@
 """Cuts a file at places its content chooses, so that an insertion moves no cut but the next.
 
-A cut is where the sum of random weights of the last 64 bytes, multiplied and shifted, is zero in 16
+A cut is where the last 8 bytes, multiplied as a number by an odd one, begin with 16 zeros of 64
 bits: once in 64 KiB on average (content-defined chunking, as of LBFS, SOSP 2001).
 """
 
@@ -10,15 +10,18 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["LARGEST", "SMALLEST", "Chunk", "chunks_of"]
+__all__ = ["LARGEST", "SMALLEST", "Chunk", "chunks_in", "chunks_of"]
 
 SMALLEST, LARGEST = 16 << 10, 256 << 10
-_WINDOW, _BLOCK = 64, 8 << 20
+_WINDOW = 8
+_BLOCK = 1 << 20
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio (Knuth, TAOCP 3, 6.4)
-_WEIGHTS = np.random.default_rng(9).integers(0, 1 << 63, 256, dtype=np.uint64)
+_BELOW = np.uint64(1 << 48)
 
 
 @dataclass(frozen=True)
@@ -32,35 +35,46 @@ class Chunk:
 
 def chunks_of(path: Path) -> list[Chunk]:
     """The chunks of a file, in order and without gaps, each of at most 256 KiB."""
-    data = path.read_bytes()
-    found, start = [], 0
-    for end in _ends(data):
-        piece = data[start:end]
-        found.append(Chunk(hashlib.sha256(piece).hexdigest(), start, len(piece)))
-        start = end
-    return found
+    with path.open("rb") as file:
+        return [chunk for chunk, _ in chunks_in(file)]
 
 
-def _ends(data: bytes) -> Iterator[int]:
+def chunks_in(file: BinaryIO) -> Iterator[tuple[Chunk, bytes]]:
+    """The chunks of an open file from its beginning, with what they hold."""
+    held, offset = b"", 0  # of the chunk that has begun: no cut is near its start
+    while block := file.read(_BLOCK):
+        data, start = held + block, 0
+        for end in _ends(_cuts(data, max(0, len(held) - _WINDOW)), len(data)):
+            yield _chunk(data[start:end], offset + start)
+            start = end
+        held, offset = data[start:], offset + start
+    if held:
+        yield _chunk(held, offset)
+
+
+def _chunk(data: bytes, offset: int) -> tuple[Chunk, bytes]:
+    return Chunk(hashlib.sha256(data).hexdigest(), offset, len(data)), data
+
+
+def _ends(cuts: list[int], known: int) -> Iterator[int]:
+    """Where chunks end, of a file that is known so far and begins with one."""
     start = 0
-    for cut in [*_cuts(data), len(data)]:
+    for cut in cuts:
         while cut - start > LARGEST:
             start += LARGEST
             yield start
-        if cut - start >= SMALLEST or (cut == len(data) and cut > start):
+        if cut - start >= SMALLEST:
             start = cut
             yield start
+    while known - start > LARGEST:
+        start += LARGEST
+        yield start
 
 
-def _cuts(data: bytes) -> list[int]:
-    whole = np.frombuffer(data, np.uint8)
-    found: list[int] = []
-    for start in range(0, len(whole), _BLOCK):
-        before = max(0, start - _WINDOW)
-        sums = np.cumsum(_WEIGHTS[whole[before : start + _BLOCK]], dtype=np.uint64)
-        if len(sums) <= _WINDOW:
-            continue
-        last = sums[_WINDOW:] - sums[:-_WINDOW]
-        hits = np.flatnonzero((last * _ODD) >> np.uint64(48) == 0)
-        found += (hits + (before + _WINDOW + 1)).tolist()
+def _cuts(data: bytes, start: int) -> list[int]:
+    """Where cuts are after `start`, in the bytes that are all in `data`."""
+    count = max(0, len(data) - start - _WINDOW + 1)
+    # overlapping numbers, little-endian wherever this runs: the device compares hashes only
+    numbers: NDArray[np.uint64] = np.ndarray((count,), "<u8", data, start, (1,))
+    found: list[int] = (np.flatnonzero(numbers * _ODD < _BELOW) + (start + _WINDOW)).tolist()
     return found

@@ -7,20 +7,21 @@ import hashlib
 import json
 import os
 import platform
-import struct
+import queue
 import sys
-import tempfile
-from collections.abc import Sequence
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import edgekit_runtime.installer
 from edgekit.cache import file_sha256
-from edgekit.deploy.chunks import Chunk, chunks_of
-from edgekit.deploy.runtime_archive import runtime_archive
-from edgekit.deploy.transport import Transport
+from edgekit.deploy.chunks import Chunk, chunks_in
+from edgekit.deploy.runtime_archive import runtime_files
+from edgekit.deploy.transport import Ended, Transport
 from edgekit.errors import BundleError, TargetError, UsageError
 from edgekit.observer import Observer
 from edgekit.profiles import load_profile, profile_ids
@@ -29,17 +30,64 @@ from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
 from edgekit_runtime.source import processing
 
-__all__ = ["Device", "Installed", "deploy", "send"]
+__all__ = ["Checked", "Device", "Hashed", "Installed", "checked", "deploy", "send"]
 
-_FRAME = struct.Struct(">32sIQ")
-_BATCH = 32 << 20  # each is a start of Python there, a second or two on a slow one
-_START_S, _ANSWER_S, _TRIAL_S = 60.0, 120.0, 600.0
-_LOOK = (
-    "import os,sys;r=sys.argv[1] or os.environ.get('EDGEKIT_ROOT') or "
-    "os.path.expanduser('~/.local/share/edgekit');os.makedirs(r+'/.device',exist_ok=True);"
-    "print('%d.%d'%sys.version_info[:2],r,*[f for f in sys.argv[2:] "
-    "if os.path.exists(r+'/.device/'+f)],sep='\\n')"
-)
+_SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
+_START_S, _ANSWER_S = 60.0, 120.0
+_TRY_S = 300  # of a trial: emulated boards on a busy machine take a minute
+_SLOWEST = 1e6  # bytes a second, of a small board's disk
+_BEAT_S = 5.0  # the device gives up a host it has not heard of for 20 s
+#: runs what comes on stdin: nothing is to be put there before, and one start of Python is enough
+_BOOT = """import os,sys
+if sys.version_info<(3,9):
+    print('Python %d.%d'%sys.version_info[:2]);sys.exit(4)
+import zlib
+n=int(sys.argv.pop(1));b=b''
+while len(b)<n:
+    d=os.read(0,n-len(b))
+    if not d:sys.exit(4)
+    b+=d
+def module(name,text=''):
+    m=sys.modules[name]=type(sys)(name)
+    m.__package__,m.__path__='edgekit_runtime',[]
+    exec(compile(text,name,'exec'),m.__dict__)
+    return m
+module('edgekit_runtime')
+for one in zlib.decompress(b).decode().split(chr(0)):
+    name,_,text=one.partition(chr(10))
+    last=module('edgekit_runtime.'+name,text)
+sys.exit(last.main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A file, and what it held when it was looked at."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked(Hashed):
+    """A bundle that is sound."""
+
+    manifest: Manifest
+
+
+def checked(path: Path) -> Checked:
+    """Verify a bundle; hashing a large one takes a while, which a thread may have while a device
+    is connected.
+
+    Raises:
+        BundleError: it is no sound bundle.
+    """
+    with Bundle(path) as bundle:
+        bundle.verify()
+        manifest = bundle.manifest
+        processing(manifest)
+    return Checked(path, file_sha256(path), path.stat().st_size, manifest)
 
 
 @dataclass(frozen=True)
@@ -59,39 +107,49 @@ class Installed:
 class Device:
     """The installer on a target, in charge of one name, as a context.
 
+    `folder` and `runtime` in it are where `bring` puts the runtime: `python folder/runtime VERB`.
+    `packages` is a folder there with what the interpreter lacks (see `edgekit.deploy.provision`).
+
     Raises:
-        TargetError: no usable Python there, its disk cannot be written, or another deploy runs.
+        TargetError: no usable Python there, or the link is lost.
     """
+
+    #: of the runtime, in the order they import each other; the last one's `main` is run
+    modules: tuple[str, ...] = ("place", "installer")
 
     def __init__(
         self, transport: Transport, name: str, *, root: str | None = None, python: str | None = None
     ) -> None:
         self.transport, self.name, self._root = transport, name, root or ""
-        self.python = python or (sys.executable if transport.target == "local" else "python3")
+        self.python = python or (
+            sys.executable if transport.target in ("local", "memory") else "python3"
+        )
+        self._files = runtime_files()
+        listed = "".join(
+            name + hashlib.sha256(data).hexdigest() for name, data in self._files.items()
+        )
+        self.runtime = f"runtime-{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+        self.facts: dict[str, Any] = {}
+        self.folder, self.packages = "", ""
 
     def __enter__(self) -> Self:
-        self.facts: dict[str, Any] = {}
-        source = Path(edgekit_runtime.installer.__file__)
-        self._installer = f"installer-{file_sha256(source)[:16]}.py"
-        archive = runtime_archive()
-        self.runtime = f"runtime-{hashlib.sha256(archive).hexdigest()[:16]}.pyz"
-        root, there = self._look((self._installer, self.runtime))
-        self.folder = f"{root}/.device"
-        with tempfile.TemporaryDirectory() as work:
-            packed = Path(work, "runtime.pyz")
-            packed.write_bytes(archive)
-            for name, path in ((self._installer, source), (self.runtime, packed)):
-                if name not in there:
-                    self._push(path, f"{self.folder}/{name}")
+        texts = [
+            name.encode() + b"\n" + self._files[f"edgekit_runtime/{name}.py"]
+            for name in self.modules
+        ]
+        source = zlib.compress(b"\0".join(texts), 9)
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
-        self._talk = self.transport.converse(
-            [self.python, "-u", f"{self.folder}/{self._installer}", root, self.name, owner]
-        )
-        try:
-            self.facts = self._reply(self._talk.ask("", timeout_s=_START_S))
-        except BaseException:
-            self._talk.close()
-            raise
+        # -I -S: nothing of the user's is imported, and it starts in half the time
+        command = [self.python, "-I", "-S", "-c", _BOOT, str(len(source))]
+        with self._starting():
+            self._talk = self.transport.converse([*command, self._root, self.name, owner])
+            try:
+                self._talk.write(source)
+                self.facts = self.ask("hello", runtime=self.runtime, timeout_s=_START_S)
+            except BaseException:
+                self._talk.close()
+                raise
+        self.folder = f"{self.facts['root']}/.device"
         return self
 
     def __exit__(
@@ -103,56 +161,34 @@ class Device:
         self._talk.close()
 
     def ask(self, do: str, *, timeout_s: float = _ANSWER_S, **facts: Any) -> dict[str, Any]:
-        """One request, see `edgekit_runtime.installer`.
+        """One request, see `edgekit_runtime.installer.Desk`.
 
         Raises:
             TargetError: the device refuses (UsageError where that is for a wrong use), or is lost.
         """
-        return self._reply(self._talk.ask(json.dumps({"do": do, **facts}), timeout_s=timeout_s))
+        self.tell(do, **facts)
+        return self.hear(timeout_s=timeout_s)
 
-    def receive(self, sha256: str, frames: bytes) -> None:
-        """Send chunks into the part that `begin` made."""
-        part = f"{self.folder}/../{self.name}/incoming/{sha256}.part"
-        done = self.transport.run(
-            [self.python, f"{self.folder}/{self._installer}", "--receive", part],
-            stdin=frames, timeout_s=_TRIAL_S,
-        )  # fmt: skip
-        self._reply(done.stdout or json.dumps({"ok": False, "why": done.last_words}).encode())
+    def tell(self, do: str, data: bytes = b"", **facts: Any) -> None:
+        """Send a request and what follows it; `hear` returns the answer.
 
-    def trial(self, max_latency_ns: int | None) -> list[str]:
-        """The command that tries `{bundle}` there."""
-        line = [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
-        return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
+        Raises:
+            TargetError: the device is lost.
+        """
+        self._talk.write(json.dumps({"do": do, **facts}).encode() + b"\n" + data)
 
-    def _look(self, files: Sequence[str]) -> tuple[str, list[str]]:
-        done = self.transport.run(
-            [self.python, "-c", _LOOK, self._root, *files], timeout_s=_START_S
-        )
-        where = self.transport.target
-        if done.code in (126, 127):
+    def hear(self, *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+        """The answer to the first request that has none yet.
+
+        Raises:
+            TargetError: as `ask`.
+        """
+        line = self._talk.answer(timeout_s=timeout_s, beat_s=_BEAT_S)
+        if line.startswith(b"Python "):
             raise TargetError(
-                f"{where}: no {self.python} there; install Python 3.9 or newer, or name one with "
-                "--python"
+                f"{self.transport.target}: {self.python} is {line.decode().strip()}, 3.9 or newer "
+                "is wanted; name another with --python"
             )
-        if done.code != 0:
-            raise TargetError(f"{where}: {done.last_words}")
-        version, root, *there = done.stdout.decode().splitlines()
-        if tuple(map(int, version.split("."))) < (3, 9):
-            raise TargetError(
-                f"{where}: {self.python} is Python {version}, 3.9 or newer is wanted; name another "
-                "with --python"
-            )
-        return root, there
-
-    def _push(self, path: Path, target: str) -> None:
-        """Under another name first: a file of the right name is whole."""
-        temporary = f"{target}.{os.getpid()}"
-        self.transport.push(path, temporary)
-        done = self.transport.run(["mv", "-f", temporary, target], timeout_s=_START_S)
-        if done.code != 0:
-            raise TargetError(f"{self.transport.target}: {done.last_words}")
-
-    def _reply(self, line: bytes) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -162,9 +198,48 @@ class Device:
             raise kind(f"{self.transport.target}: {found.get('why')}")
         return found
 
+    def bring(self) -> None:
+        """Have the runtime there.
+
+        Raises:
+            TargetError: as `ask`.
+        """
+        if self.facts["runtime"]:
+            return
+        files = [[name, len(data)] for name, data in self._files.items()]
+        self.tell("bring", b"".join(self._files.values()), runtime=self.runtime, files=files)
+        self.hear()
+        self.facts["runtime"] = True
+
+    def trial(self, max_latency_ns: int | None) -> list[str]:
+        """The command that tries `{bundle}` there."""
+        line = ["env", f"PYTHONPATH={self.packages}"] if self.packages else []
+        line += [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
+        line += ["--timeout", str(_TRY_S)]
+        return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        try:
+            yield
+        except Ended as error:
+            where = self.transport.target
+            if error.code in (126, 127):
+                raise TargetError(
+                    f"{where}: no {self.python} there; install Python 3.9 or newer, or name one "
+                    "with --python"
+                ) from None
+            if error.code:
+                words = str(error).replace(f"{where}: ", "", 1)
+                raise TargetError(
+                    f"{where}: {self.python} does not run as Python 3.9 or newer does: {words}; "
+                    "name another with --python"
+                ) from None
+            raise
+
 
 def deploy(
-    path: Path,
+    bundle: Path | Checked,
     device: Device,
     *,
     allow_older: bool = False,
@@ -180,55 +255,122 @@ def deploy(
         TargetError: the trial failed, or the device did; what was active still is.
     """
     observer = observer or Observer()
-    with Bundle(path) as bundle:
-        bundle.verify()
-        manifest = bundle.manifest
-        processing(manifest)
-    _fits(path, manifest, device.facts, any_profile=any_profile)
-    sha256, size = file_sha256(path), path.stat().st_size
+    one = checked(bundle) if isinstance(bundle, Path) else bundle
+    manifest, sha256, size = one.manifest, one.sha256, one.size_bytes
+    _fits(one.path, manifest, device.facts, any_profile=any_profile)
     file = f"{manifest.sequence}-{manifest.bundle_id}.edgekit"
-    state = device.ask("begin", file=file, sha256=sha256, size=size, allow_older=allow_older)
-    pieces, sent = chunks_of(path), 0
+    slow_s = size / _SLOWEST
+    state = device.ask(
+        "begin", file=file, sha256=sha256, size=size, allow_older=allow_older,
+        timeout_s=_ANSWER_S + slow_s,
+    )  # fmt: skip
     if state["state"] == "active":
         return Installed(device.name, file, None, "active", size, 0, {})
-    listed = [[one.sha256, one.offset, one.size_bytes] for one in pieces]
+    sent = 0
     if state["state"] == "wanted":
         observer.phase("sending what the device lacks")
-        missing = device.ask("missing", chunks=listed)["missing"]
-        sent = send(path, [pieces[number] for number in missing], device, sha256, observer)
+        sent = send(one, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
+    device.bring()
     done = device.ask(
-        "commit", file=file, sha256=sha256, chunks=listed, trial=device.trial(max_latency_ns),
-        timeout_s=_TRIAL_S,
+        "commit", file=file, sha256=sha256, trial=device.trial(max_latency_ns),
+        limit_s=_TRY_S, timeout_s=_TRY_S + _START_S + slow_s,
     )  # fmt: skip
     kind = "new" if state["state"] == "wanted" else "installed"
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(
-    path: Path, pieces: Sequence[Chunk], device: Device, sha256: str, observer: Observer
-) -> int:
-    """Send these chunks of a bundle; returns the bytes of them.
+def send(bundle: Hashed, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
+    """Send the chunks of a file that the device lacks (of a `fresh` one all); returns the bytes
+    of them. The file is cut while what was cut before is on its way.
 
     Raises:
-        BundleError: the file is not what it was when it was cut.
+        BundleError: the file is not what it was when it was checked.
         TargetError: the device refuses, or is lost.
     """
-    total = sum(one.size_bytes for one in pieces)
-    sent, batch = 0, bytearray()
-    with path.open("rb") as file:
-        for number, one in enumerate(pieces, 1):
-            file.seek(one.offset)
-            data = file.read(one.size_bytes)
-            if hashlib.sha256(data).hexdigest() != one.sha256:
-                raise BundleError(f"{path} changed while it was sent; nothing was activated")
-            batch += _FRAME.pack(bytes.fromhex(one.sha256), one.size_bytes, one.offset) + data
-            if len(batch) >= _BATCH or number == len(pieces):
-                device.receive(sha256, bytes(batch))
-                batch.clear()
-            sent += one.size_bytes
-            observer.progress("kB", sent // 1000, total // 1000)
+    observer = observer or Observer()
+    done, sent, unheard = 0, 0, 0
+    with _ahead(_segments(bundle)) as segments:
+        for segment in segments:
+            pieces = segment
+            if not fresh:
+                asked = device.ask("have", chunks=_listed(segment))["missing"]
+                pieces = [segment[number] for number in asked]
+            if pieces:
+                data = b"".join(held for _, held in pieces)
+                device.tell("take", data, chunks=_listed(pieces))
+                sent, unheard = sent + len(data), unheard + 1
+            if unheard > (1 if fresh else 0):  # one on its way while the next is made ready
+                device.hear()
+                unheard -= 1
+            done += sum(one.size_bytes for one, _ in segment)
+            observer.progress("kB", done // 1000, bundle.size_bytes // 1000)
+    for _ in range(unheard):
+        device.hear()
     return sent
+
+
+_Segment = list[tuple[Chunk, bytes]]
+
+
+def _listed(segment: _Segment) -> list[list[Any]]:
+    return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
+
+
+def _segments(bundle: Hashed) -> Iterator[_Segment]:
+    found: _Segment = []
+    digest, size = hashlib.sha256(), 0
+    with bundle.path.open("rb") as file:
+        for one, held in chunks_in(file):
+            digest.update(held)
+            found.append((one, held))
+            size += one.size_bytes
+            if size >= _SEGMENT:
+                yield found
+                found, size = [], 0
+    if digest.hexdigest() != bundle.sha256:
+        raise BundleError(f"{bundle.path} changed while it was sent; nothing was activated")
+    if found:
+        yield found
+
+
+@contextmanager
+def _ahead(source: Iterator[_Segment]) -> Iterator[Iterator[_Segment]]:
+    """The same, made in a thread a few ahead of what is used."""
+    made: queue.Queue[_Segment | Exception | None] = queue.Queue(4)
+    over = threading.Event()
+
+    def offer(one: _Segment | Exception | None) -> None:
+        while not over.is_set():
+            try:
+                made.put(one, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        try:
+            for one in source:
+                offer(one)
+                if over.is_set():
+                    return
+            offer(None)
+        except Exception as error:
+            offer(error)
+
+    def taken() -> Iterator[_Segment]:
+        while (one := made.get()) is not None:
+            if isinstance(one, Exception):
+                raise one
+            yield one
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        yield taken()
+    finally:
+        over.set()
+        worker.join()
 
 
 def _fits(path: Path, manifest: Manifest, facts: dict[str, Any], *, any_profile: bool) -> None:

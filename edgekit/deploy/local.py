@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgekit.deploy.transport import Completed, Conversation, Transport
+from edgekit.deploy.transport import Completed, Conversation, Ended, Transport
 from edgekit.errors import TargetError
 from edgekit.sandbox import child_environment
 
-__all__ = ["LocalTransport"]
+__all__ = ["LocalConversation", "LocalTransport"]
+
+_WRITE_S = 60.0
 
 
 class LocalTransport(Transport):
@@ -39,8 +42,8 @@ class LocalTransport(Transport):
             _kill(child)
         return Completed(child.returncode, stdout, stderr)
 
-    def converse(self, command: Sequence[str]) -> Conversation:
-        return _LocalConversation(command)
+    def converse(self, command: Sequence[str]) -> LocalConversation:
+        return LocalConversation(command)
 
     def push(self, source: Path, target: str) -> None:
         try:
@@ -54,14 +57,22 @@ class LocalTransport(Transport):
         pass
 
 
-class _LocalConversation(Conversation):
+class LocalConversation(Conversation):
+    """A child process that answers lines."""
+
+    target = "local"
+
     def __init__(self, command: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the conversation)
         try:
             self._child = _start(command, stderr=self._log)
         except OSError as error:
             self._log.close()
-            raise TargetError(f"{command[0]}: {error.strerror}") from None
+            code = 127 if isinstance(error, FileNotFoundError) else 126
+            raise Ended(f"local: {command[0]}: {error.strerror}", code) from None
+        assert self._child.stdin is not None  # noqa: S101  (for the type checker)
+        self._input = self._child.stdin.fileno()
+        os.set_blocking(self._input, False)
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -73,30 +84,48 @@ class _LocalConversation(Conversation):
                 self._lines.put(line)
         self._lines.put(b"")
 
-    def ask(self, line: str, *, timeout_s: float) -> bytes:
-        assert self._child.stdin is not None  # noqa: S101  (for the type checker)
+    def write(self, data: bytes) -> None:
         if self._log.closed:
-            raise TargetError("the conversation is over")
-        with suppress(OSError):  # it died: reading says how
-            self._child.stdin.write(line.encode() + b"\n")
-            self._child.stdin.flush()
-        try:
-            answer = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            self.close()  # or a late answer would be taken for the next one's
-            raise TargetError(f"no answer within {timeout_s:.0f} s") from None
-        if not answer:
-            raise TargetError(self._last_words())
-        return answer
+            raise TargetError("local: the conversation is over")
+        view = memoryview(data)
+        while view:
+            if not select.select([], [self._input], [], _WRITE_S)[1]:
+                raise TargetError(f"local: the process takes nothing for {_WRITE_S:.0f} s")
+            try:
+                view = view[os.write(self._input, view) :]
+            except OSError:  # it died: reading says how
+                return
 
-    def _last_words(self) -> str:
+    def line(self, timeout_s: float) -> bytes | None:
+        if self._log.closed:
+            raise TargetError("local: the conversation is over")
+        try:
+            found = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if not found:
+            raise self._ended()
+        return found
+
+    def _ended(self) -> Ended:
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(5)  # it closed its output: it has ended, or will never answer
         self._log.seek(0)
         words = self._log.read().decode(errors="replace").strip().splitlines()
         self.close()
         said = f" ({words[-1]})" if words else ""
-        return f"the process ended, {self._child.returncode}{said}"
+        code = self._child.returncode
+        return Ended(f"local: the process ended, {code}{said}", code)
+
+    def hang_up(self) -> None:
+        """End as a link ends: what is on its way arrives, then nothing."""
+        if not self._log.closed:
+            with suppress(OSError):
+                assert self._child.stdin is not None  # noqa: S101  (for the type checker)
+                self._child.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(5)
+            self.close()
 
     def close(self) -> None:
         _kill(self._child, self._reader)

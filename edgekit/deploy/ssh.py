@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from edgekit.deploy.lab import keys_for
-from edgekit.deploy.transport import Completed, Conversation, Transport
+from edgekit.deploy.transport import Completed, Conversation, Ended, Transport
 from edgekit.errors import TargetError, UsageError, one_line, require
 
 __all__ = ["SshTransport"]
 
 _CONNECT_S = 30.0
 _KEEPALIVE_S = 5.0  # three unanswered ones end the connection: a cut is noticed in 15 s
+_WRITE_S = 60.0
+_PIECE = 32 << 10  # of a write, a packet: asyncio logs the fifth one into a lost link
 _T = TypeVar("_T")
 
 
@@ -48,22 +50,34 @@ class SshTransport(Transport):
         if keys is not None:  # a board of the lab: nothing of the user's is asked or changed
             trusted = self._asyncssh.import_known_hosts(keys.known_hosts)
             known = {"client_keys": [str(keys.key)], "known_hosts": trusted, "config": None}
-        return await self._asyncssh.connect(
-            place.hostname,
-            port=port,
-            username=place.username or getpass.getuser(),
-            keepalive_interval=_KEEPALIVE_S,
-            connect_timeout=_CONNECT_S,
-            **known,
-        )
+        try:
+            return await self._asyncssh.connect(
+                place.hostname,
+                port=port,
+                username=place.username or getpass.getuser(),
+                keepalive_interval=_KEEPALIVE_S,
+                connect_timeout=_CONNECT_S,
+                **known,
+            )
+        except self._asyncssh.HostKeyNotVerifiable:
+            if keys is None and self._is_known(str(place.hostname), port):
+                raise TargetError(
+                    f"{self.target}: its host key is another than the one in known_hosts; either "
+                    "it was set up anew (ssh-keygen -R removes the old key), or this is not it"
+                ) from None
+            raise
+
+    def _is_known(self, host: str, port: int) -> bool:
+        file = Path.home() / ".ssh" / "known_hosts"
+        known = str(file) if file.exists() else b""
+        return any(self._asyncssh.match_known_hosts(known, host, "", port))
 
     async def _learn(self, place: SplitResult) -> None:
         """Add the host's key to known_hosts, unless there is one."""
         host, port = str(place.hostname), place.port or 22
-        file = Path.home() / ".ssh" / "known_hosts"
-        known = str(file) if file.exists() else b""
-        if keys_for(host, port) or any(self._asyncssh.match_known_hosts(known, host, "", port)):
+        if keys_for(host, port) or self._is_known(host, port):
             return
+        file = Path.home() / ".ssh" / "known_hosts"
         key = await self._asyncssh.get_server_host_key(host, port)
         if key is None:
             raise TargetError(f"{self.target}: it shows no host key")
@@ -111,8 +125,14 @@ class SshTransport(Transport):
     def wait(self, work: Coroutine[Any, Any, _T], timeout_s: float, what: str = "") -> _T:
         """The result; asyncssh's many errors as one of ours."""
         ssh = self._asyncssh
+        task = self._loop.create_task(asyncio.wait_for(work, timeout_s))
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, timeout_s))
+            return self._loop.run_until_complete(task)
+        except KeyboardInterrupt:  # or it would take what comes for the next one
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                self._loop.run_until_complete(task)
+            raise
         except TimeoutError:
             late = f"{what} did not end" if what else "no answer"
             raise TargetError(f"{self.target}: {late} within {timeout_s:.0f} s") from None
@@ -135,27 +155,51 @@ class SshTransport(Transport):
 class _SshConversation(Conversation):
     def __init__(self, transport: SshTransport, process: Any) -> None:
         self._transport, self._process, self._over = transport, process, False
+        self._reading: asyncio.Task[bytes] | None = None
 
-    def ask(self, line: str, *, timeout_s: float) -> bytes:
-        async def work() -> bytes:
-            self._process.stdin.write(line.encode() + b"\n")
-            answer: bytes = await self._process.stdout.readline()
-            if not answer:
-                words = (await self._process.stderr.read()).decode(errors="replace").strip()
-                last = words.splitlines()[-1] if words else "no last words"
-                raise TargetError(f"{self._transport.target}: the process there ended ({last})")
-            return answer
+    @property
+    def target(self) -> str:
+        return self._transport.target
 
+    def write(self, data: bytes) -> None:
+        async def work() -> None:
+            with suppress(BrokenPipeError):  # it ended: reading says how
+                for start in range(0, len(data), _PIECE):
+                    self._process.stdin.write(data[start : start + _PIECE])
+                    await self._process.stdin.drain()
+                    await asyncio.sleep(0)  # where a link that is lost is noticed
+
+        self._check()
+        self._transport.wait(work(), _WRITE_S, "a write")
+
+    def line(self, timeout_s: float) -> bytes | None:
+        async def work() -> bytes | None:
+            if self._reading is None:
+                self._reading = asyncio.ensure_future(self._process.stdout.readline())
+            await asyncio.wait([self._reading], timeout=timeout_s)
+            if not self._reading.done():
+                return None
+            found, self._reading = self._reading.result(), None
+            return found or await self._ended()
+
+        self._check()
+        return self._transport.wait(work(), timeout_s + 10)
+
+    async def _ended(self) -> bytes:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait_closed(), 5)
+        words = (await self._process.stderr.read()).decode(errors="replace").strip()
+        last = words.splitlines()[-1] if words else "no last words"
+        raise Ended(f"{self.target}: the process there ended ({last})", self._process.exit_status)
+
+    def _check(self) -> None:
         if self._over:
-            raise TargetError(f"{self._transport.target}: the conversation is over")
-        try:
-            return self._transport.wait(work(), timeout_s, "an answer")
-        except TargetError:
-            self.close()  # or a late answer would be taken for the next one's
-            raise
+            raise TargetError(f"{self.target}: the conversation is over")
 
     def close(self) -> None:
         self._over = True
+        if self._reading is not None:
+            self._reading.cancel()
         with suppress(Exception):
             self._process.kill()
             self._process.close()

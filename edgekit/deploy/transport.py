@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Self
 
 from edgekit.errors import TargetError, UsageError
 
-__all__ = ["Completed", "Conversation", "Transport", "connect"]
+__all__ = ["Completed", "Conversation", "Ended", "Transport", "connect"]
 
 #: scheme of a TARGET -> (module, class)
 _TRANSPORTS = {
@@ -39,15 +40,66 @@ class Completed:
         return "nothing"
 
 
+class Ended(TargetError):  # noqa: N818  (what happened)
+    """The process of a conversation has ended; `code` is None if nobody says how."""
+
+    def __init__(self, text: str, code: int | None = None) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class Conversation(ABC):
     """A process on the target that answers each line it is sent with one line."""
 
-    @abstractmethod
-    def ask(self, line: str, *, timeout_s: float) -> bytes:
+    def ask(self, line: str, *, timeout_s: float, beat_s: float | None = None) -> bytes:
         """Send a line, return the answer.
 
         Raises:
-            TargetError: the connection was lost, the process died, or it did not answer in time.
+            TargetError: the connection was lost, the process died (Ended), or it did not answer in
+                time.
+        """
+        self.write(line.encode() + b"\n")
+        return self.answer(timeout_s=timeout_s, beat_s=beat_s)
+
+    def answer(self, *, timeout_s: float, beat_s: float | None = None) -> bytes:
+        """The next line of the process. With `beat_s` an empty line is sent every so often, for a
+        process that wants to know that we are there.
+
+        Raises:
+            TargetError: as `ask`.
+        """
+        late = time.monotonic() + timeout_s
+        try:
+            while (left := late - time.monotonic()) > 0:
+                found = self.line(min(left, beat_s or left))
+                if found is not None:
+                    return found
+                if beat_s:
+                    self.write(b"\n")
+            raise TargetError(f"{self.target}: no answer within {timeout_s:.0f} s")
+        except TargetError:
+            self.close()  # or a late answer would be taken for the next one's
+            raise
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """Where the process is, for messages."""
+
+    @abstractmethod
+    def write(self, data: bytes) -> None:
+        """Send bytes as they are; returns when they are on their way.
+
+        Raises:
+            TargetError: the connection was lost, or the process takes nothing for a minute.
+        """
+
+    @abstractmethod
+    def line(self, timeout_s: float) -> bytes | None:
+        """The next line of the process, None if there is none yet.
+
+        Raises:
+            TargetError: the connection was lost, or the process has ended (Ended).
         """
 
     @abstractmethod

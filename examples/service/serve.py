@@ -6,11 +6,13 @@ python3 serve.py NAME SOCKET       one JSON object of input arrays a line in, ou
 import json
 import socketserver
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 
-from edgekit_runtime import open_installed
+from edgekit_runtime import EdgeKitError, open_installed
 
 session = open_installed(sys.argv[1])
 
@@ -18,13 +20,23 @@ session = open_installed(sys.argv[1])
 class Answers(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         for line in self.rfile:
-            session.refresh()  # moves to a version activated since, which is loaded first
             given = json.loads(line)
             inputs = {s.name: np.asarray(given[s.name], s.dtype) for s in session.inputs}
             answer = {name: out.tolist() for name, out in session.run(inputs).items()}
             self.wfile.write(json.dumps(answer).encode() + b"\n")
 
 
+def follow() -> None:
+    """Move to what was activated since; it is loaded beside the calls that go on."""
+    while True:
+        time.sleep(1)
+        try:
+            session.refresh()
+        except EdgeKitError as error:
+            print(f"stays with the version it has: {error}", file=sys.stderr, flush=True)
+
+
 Path(sys.argv[2]).unlink(missing_ok=True)
-with socketserver.UnixStreamServer(sys.argv[2], Answers) as server:
+threading.Thread(target=follow, daemon=True).start()
+with socketserver.ThreadingUnixStreamServer(sys.argv[2], Answers) as server:
     server.serve_forever()

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("model", type=Path)
     trial.add_argument("--active", type=Path, help="the version it is to follow")
     trial.add_argument("--max-latency-ns", type=int)
+    trial.add_argument("--timeout", type=int, default=0, help="seconds to live")
     trial.set_defaults(command=_trial)
     blocks = verbs.add_parser("blocks", description="time what stdin asks for, line by line")
     blocks.set_defaults(command=_blocks)
@@ -320,6 +322,8 @@ def _block(model: str, engine: str, threads: int, precision: str, block_ns: int)
 def _trial(args: argparse.Namespace) -> int:
     from .acceptance import accept
 
+    if args.timeout and hasattr(signal, "alarm"):
+        signal.alarm(args.timeout)  # whoever started it may be gone by then
     verdict = accept(args.model, active=args.active, latency_ns=args.max_latency_ns)
     _print(verdict)
     return 0 if verdict["ok"] else 1

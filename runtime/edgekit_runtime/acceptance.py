@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from .bundle import Bundle
 from .errors import BundleError, EdgeKitError, LimitError, UsageError, one_line
-from .golden import check
-from .loading import load
-from .machine import peak_rss_bytes, rss_bytes
-from .manifest import same_interface
-from .source import processing
+from .golden import check_session
+from .machine import cpu_name, machine_name, peak_rss_bytes, rss_bytes
+from .manifest import Manifest, Variant, same_interface
+from .session import Session
+from .source import Source, processing
 from .timing import sample, summary
 from .worker import synthetic_inputs
 
@@ -27,45 +27,37 @@ def accept(
     path: Path, *, active: Optional[Path] = None, latency_ns: Optional[int] = None
 ) -> Dict[str, Any]:
     """What a sound bundle does here: `{"ok": True, "latency_ns", "memory_bytes", ...}`, and
-    `{"ok": False, "why"}` for one that must not be activated.
+    `{"ok": False, "why", "code"}` for one that must not be activated (3: for want of an engine).
 
-    Limits are those of the chosen variant: `expected["limits"]["latency_ns"]` for the median,
-    1.5 times `memory_bytes` for what this process grew by; `latency_ns` is one of the user.
+    Limits are those of the chosen variant: `expected["limits"]["latency_ns"]` for the median, if it
+    was measured on this kind of processor (`unused_limits` says so where it was not), 1.5 times
+    `memory_bytes` for what this process grew by; `latency_ns` is one of the user.
     """
     try:
         return _accept(path, active, latency_ns)
     except EdgeKitError as error:
-        return {"ok": False, "why": one_line(error).replace(f"{path}: ", "")}
+        why = one_line(error).replace(f"{path}: ", "")
+        return {"ok": False, "why": why, "code": error.exit_code}
 
 
 def _accept(path: Path, active: Optional[Path], limit_ns: Optional[int]) -> Dict[str, Any]:
-    with Bundle(path) as bundle:
-        bundle.verify()
-        manifest = bundle.manifest
-        processing(manifest)
-    if active is not None:
-        _same_interface(manifest, active)
+    source = Source(path)
     before = rss_bytes() or 0
-    bad = [one for one in check(path) if not one.ok]
-    if bad:
-        off = bad[0].note or f"off by {bad[0].worst:.3g} times what is allowed"
-        raise LimitError(f"golden output {bad[0].output!r}: {off}")
-    with load(path) as session:
-        variant = session.variant
-        assert variant is not None  # noqa: S101  (sessions on bundles have one)
-        inputs = synthetic_inputs(session)
-        taken = sample(lambda: session.run(inputs), 2)
-        count = max(3, min(_RUNS, _SECONDS_NS // max(1, taken[-1])))
-        latency = summary(sample(lambda: session.run(inputs), int(count)))
-        placement = str(session.placement)
+    with Bundle(path) as bundle:
+        processing(bundle.manifest)
+        if active is not None:
+            bundle.verify()  # what is damaged has no interface to speak of
+            _same_interface(bundle.manifest, active)
+        with Session(source, source.open(bundle)) as session:
+            variant = session.variant
+            assert variant is not None  # noqa: S101  (sessions on bundles have one)
+            _right(session, bundle)
+            latency, placement = _latency(session), str(session.placement)
     grown = (peak_rss_bytes() or 0) - before
-    promised = variant.expected.get("limits")
-    promise = promised.get("latency_ns") if isinstance(promised, dict) else None
+    promise, unused = _promised(variant)
     for limit, of in ((limit_ns, "--max-latency"), (promise, "the bundle's limit")):
-        if isinstance(limit, (int, float)) and limit > 0 and latency["p50"] > limit:
-            raise LimitError(
-                f"p50 is {latency['p50'] / 1e6:.2f} ms, {of} is {float(limit) / 1e6:.2f} ms"
-            )
+        if limit is not None and latency["p50"] > limit:
+            raise LimitError(f"p50 is {latency['p50'] / 1e6:.2f} ms, {of} is {limit / 1e6:.2f} ms")
     if variant.memory_bytes is not None and grown > _MEMORY_SLACK * variant.memory_bytes:
         raise LimitError(
             f"it takes {grown / 1e6:.0f} MB of memory, the bundle says "
@@ -73,11 +65,43 @@ def _accept(path: Path, active: Optional[Path], limit_ns: Optional[int]) -> Dict
         )
     return {
         "ok": True, "variant": variant.id, "latency_ns": latency, "memory_bytes": grown,
-        "placement": placement,
+        "placement": placement, **({"unused_limits": unused} if unused else {}),
     }  # fmt: skip
 
 
-def _same_interface(manifest: Any, active: Path) -> None:
+def _right(session: Session, bundle: Bundle) -> None:
+    bad = [one for one in check_session(session, bundle) if not one.ok]
+    if bad:
+        off = bad[0].note or f"off by {bad[0].worst:.3g} times what is allowed"
+        raise LimitError(f"golden output {bad[0].output!r}: {off}")
+
+
+def _latency(session: Session) -> Dict[str, Any]:
+    inputs = synthetic_inputs(session)
+    taken = sample(lambda: session.run(inputs), 2)
+    count = max(3, min(_RUNS, _SECONDS_NS // max(1, taken[-1])))
+    return summary(sample(lambda: session.run(inputs), int(count)))
+
+
+def _promised(variant: Variant) -> Tuple[Optional[float], str]:
+    """The bundle's limit in nanoseconds, and why it is not one here."""
+    limits = variant.expected.get("limits")
+    limit = limits.get("latency_ns") if isinstance(limits, dict) else None
+    if not isinstance(limits, dict) or not isinstance(limit, (int, float)) or limit <= 0:
+        return None, ""
+    other = ", ".join(_others(limits))
+    return (None, f"latency: measured on {other}") if other else (limit, "")
+
+
+def _others(limits: Dict[str, Any]) -> Iterator[str]:
+    """What the processor of the limits is called, where it is not this one."""
+    for key, here in (("arch", machine_name()), ("cpu", cpu_name())):
+        named = limits.get(key)
+        if named is not None and named != here:
+            yield str(named)[:80]
+
+
+def _same_interface(manifest: Manifest, active: Path) -> None:
     try:
         with Bundle(active) as old:
             theirs = old.manifest

@@ -16,7 +16,7 @@ from .manifest import Tolerance
 from .session import Session
 from .source import Source
 
-__all__ = ["GoldenResult", "check", "compare", "read_arrays"]
+__all__ = ["GoldenResult", "check", "check_session", "compare", "read_arrays"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,28 @@ def check(
     """
     source = Source(Path(path), variant, threads)
     with Bundle(path) as bundle, Session(source, source.open(bundle)) as session:
-        chosen = session.variant
-        assert chosen is not None  # noqa: S101  (sessions on bundles have one)
-        inputs = read_arrays(bundle.read(chosen.golden.inputs))
-        wanted = read_arrays(bundle.read(chosen.golden.outputs))
-        for array in (*inputs.values(), *wanted.values()):
-            if array.ndim == 0 or len(array) != chosen.golden.samples:
-                raise BundleError(
-                    f"{bundle.path}: a golden array has the shape {list(array.shape)}; "
-                    f"wanted {chosen.golden.samples} samples"
-                )
-        found = compare(session, inputs, wanted, chosen.golden.tolerance)
-        session.postprocess({name: array[0, ...] for name, array in wanted.items()})
-        return found
+        return check_session(session, bundle)
+
+
+def check_session(session: Session, bundle: Bundle) -> List[GoldenResult]:
+    """As `check`, with a session on the bundle that is open.
+
+    Raises:
+        BundleError: the golden arrays are not what the manifest says.
+    """
+    chosen = session.variant
+    assert chosen is not None  # noqa: S101  (sessions on bundles have one)
+    inputs = read_arrays(bundle.read(chosen.golden.inputs))
+    wanted = read_arrays(bundle.read(chosen.golden.outputs))
+    for array in (*inputs.values(), *wanted.values()):
+        if array.ndim == 0 or len(array) != chosen.golden.samples:
+            raise BundleError(
+                f"{bundle.path}: a golden array has the shape {list(array.shape)}; "
+                f"wanted {chosen.golden.samples} samples"
+            )
+    found = compare(session, inputs, wanted, chosen.golden.tolerance)
+    session.postprocess({name: array[0, ...] for name, array in wanted.items()})
+    return found
 
 
 def compare(

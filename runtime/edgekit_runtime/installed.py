@@ -1,7 +1,4 @@
-"""Bundles installed on a device: versions side by side, one of them active.
-
-    ROOT/NAME/versions/<sequence>-<id>.edgekit      never changed once there
-    ROOT/NAME/active.json                           {"schema", "file"}, replaced as a whole
+"""Bundles installed on a device: versions side by side, one of them active (see `place`).
 
 Activating is one rename, so there is no moment without an active version, and a power cut leaves
 either the former or the new one.
@@ -9,27 +6,20 @@ either the former or the new one.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import shutil
-import tempfile
-import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Callable, Union
+from typing import Iterator, Union
 
 from .bundle import Bundle
 from .errors import BundleError, EdgeKitError, UsageError, one_line
 from .manifest import same_interface
+from .place import SCHEMA, Lock, Place, Refused, is_name, is_version, sync
 from .source import processing
 
 __all__ = ["activate", "active_file", "active_path", "install", "root_folder"]
-
-_SCHEMA = "edgekit.active/1"
-_ABANDONED_S = 3600
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-_FILE = re.compile(r"[0-9]{1,20}-[0-9a-f]{8,64}\.edgekit")
 
 
 def root_folder() -> Path:
@@ -44,7 +34,7 @@ def active_file(name: str, root: Union[str, Path, None] = None) -> Path:
     Raises:
         UsageError: no name for an installed bundle.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(
             f"{name!r} is no name for an installed bundle; wanted letters, digits, '.', '_', '-'"
         )
@@ -68,8 +58,8 @@ def active_path(active: Path) -> Path:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"cannot read {active}: {one_line(error)}") from None
-    file = raw.get("file") if isinstance(raw, dict) and raw.get("schema") == _SCHEMA else None
-    if not isinstance(file, str) or not _FILE.fullmatch(file):
+    file = raw.get("file") if isinstance(raw, dict) and raw.get("schema") == SCHEMA else None
+    if not isinstance(file, str) or not is_version(file):
         raise BundleError(f"{active} is damaged; install the bundle again")
     path = active.parent / "versions" / file
     try:
@@ -89,30 +79,30 @@ def install(
     activate_it: bool = True,
 ) -> Path:
     """Copy a bundle to the device's store, verify the copy, and activate it; returns its path.
+    What was active is the version before, as after `edgekit deploy`.
 
     Raises:
         BundleError: the copy is not a sound bundle; what was active stays so.
         UsageError: it has other inputs or outputs than what is active under this name, or is
             older: programs in the field would stumble over it. `activate` goes back.
-        EdgeKitError: it cannot be written.
+        EdgeKitError: it cannot be written, or somebody else is installing under this name.
     """
     source, active = Path(source), active_file(name, root)
     if activate_it and active.exists():
         _compare(source, active)
-    versions = active.parent / "versions"
-    try:
-        versions.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as file:
-            path = _write(
-                versions,
-                lambda out: shutil.copyfileobj(file, out),
-                lambda copy: _verified_name(copy, source),
-            )
-    except OSError as error:
-        raise EdgeKitError(f"cannot install {source} as {name!r}: {one_line(error)}") from None
-    if activate_it:
-        activate(path, name, root=root)
-    return path
+    with _changing(active, f"cannot install {source} as {name!r}") as place:
+        part = Path(place.incoming, f"{os.getpid()}.part")
+        try:
+            shutil.copyfile(source, part)
+            sync(str(part))
+            file = _verified_name(part, source)
+            place.keep(str(part), file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        if activate_it:
+            place.activate(file)
+    return Path(place.versions, file)
 
 
 def activate(path: Path, name: str, *, root: Union[str, Path, None] = None) -> None:
@@ -120,12 +110,30 @@ def activate(path: Path, name: str, *, root: Union[str, Path, None] = None) -> N
 
     Raises:
         UsageError: it is not among the versions of this name.
+        EdgeKitError: it cannot be written, or somebody else is installing under this name.
     """
     active = active_file(name, root)
-    if path.parent != active.parent / "versions" or not _FILE.fullmatch(path.name):
+    if path.parent != active.parent / "versions" or not is_version(path.name):
         raise UsageError(f"{path} is not installed under {name!r}; install it first")
-    text = json.dumps({"schema": _SCHEMA, "file": path.name}).encode()
-    _write(active.parent, lambda out: out.write(text), lambda _: active.name)
+    with _changing(active, f"cannot activate {path.name} as {name!r}") as place:
+        place.activate(path.name)
+
+
+@contextmanager
+def _changing(active: Path, what: str) -> Iterator[Place]:
+    """The folder of a name, under its lock; errors of the system as one of ours."""
+    place = Place(str(active.parents[1]), active.parent.name)
+    try:
+        place.make()
+        lock = Lock(place, f"process {os.getpid()} there", beats=False)
+        try:
+            yield place
+        finally:
+            lock.close()
+    except Refused as error:
+        raise EdgeKitError(str(error)) from None
+    except OSError as error:
+        raise EdgeKitError(f"{what}: {one_line(error)}") from None
 
 
 def _compare(source: Path, active: Path) -> None:
@@ -157,32 +165,6 @@ def _verified_name(copy: Path, source: Path) -> str:
             name = f"{bundle.manifest.sequence}-{bundle.manifest.bundle_id}.edgekit"
     except BundleError as error:
         raise BundleError(f"{source}: {str(error).replace(f'{copy}: ', '', 1)}") from None
-    if not _FILE.fullmatch(name):
+    if not is_version(name):
         raise BundleError(f"{source}: sequence and id give the name {name[:80]!r}, which is unfit")
     return name
-
-
-def _write(folder: Path, write: Callable[[IO[bytes]], Any], name_of: Callable[[Path], str]) -> Path:
-    """A new file in one step: written under another name, synced, renamed."""
-    for left in folder.glob(".new-*"):  # by somebody who was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                left.unlink()
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            os.fchmod(out.fileno(), 0o644)  # what root installs, a service user reads
-            write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        path = folder / name_of(Path(temporary))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    return path

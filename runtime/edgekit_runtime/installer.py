@@ -1,171 +1,188 @@
-"""Installs bundles on a device: standard library only, and a file of its own, so that it runs
-before the runtime, numpy or an engine is there.
+"""Installs bundles on a device: standard library only, sent with `place` to any Python there, so
+that it runs before the runtime, numpy or an engine is there.
 
-    python3 installer.py ROOT NAME OWNER       answers JSON lines on stdin, see `_Desk`
-    python3 installer.py --receive PART        takes chunks on stdin: SHA-256, size, offset, bytes
+It answers JSON lines on stdin with one line each; some are followed by bytes. See `Desk`.
 
-    ROOT/NAME/versions/<sequence>-<id>.edgekit never changed once there
-    ROOT/NAME/index/<the same>.json            its chunks: what a later version need not send again
-    ROOT/NAME/active.json                      {"schema", "file", "previous"}, replaced as a whole
-    ROOT/NAME/journal.json                     the step an installation has come to
-    ROOT/NAME/incoming/<sha256>.part           a bundle on its way; its chunks are told by hash
-    ROOT/NAME/tries.json                       how often a bundle failed its trial
-
-A part that is whole is tried in a child process, renamed and only then activated, by one rename
+A bundle that is whole is tried in a child process, renamed and only then activated, by one rename
 each, after everything before was synced. So a kill or a power cut leaves the old version or the new
 one, and the next command removes or takes up what is left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import hashlib
-import json
 import os
-import re
 import select
-import shutil
-import signal
-import struct
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Tuple
+import time
 
-__all__ = ["MAX_TRIES", "Refused", "main"]
+from .place import (
+    Lock,
+    Place,
+    Refused,
+    is_hash,
+    is_name,
+    is_version,
+    load_json,
+    names,
+    parse,
+    read_bytes,
+    remove,
+    sequence,
+    sha256_of,
+    store,
+    sync,
+    to_json,
+    write_all,
+)  # fmt: skip
+
+TYPE_CHECKING = False  # typing is slow to import
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict, List, Optional, Tuple
+
+__all__ = ["MAX_TRIES", "Desk", "Wire", "main", "remove_tree"]
 
 MAX_TRIES = 3
-_SCHEMA = "edgekit.active/1"
-_IDLE_S = 30.0  # a host that was cut off does not say so
-_FRAME = struct.Struct(">32sIQ")
+#: a host that was cut off does not say so; one that lives says something every 5 s, at least while
+#: others would have to wait for it
+_IDLE_S, _PATIENT_S = 20.0, 600.0
 _MAX_CHUNK = 1 << 20
 _SPARE = 1 << 20  # of disk, for what is not the bundle
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-_FILE = re.compile(r"([0-9]{1,20})-[0-9a-f]{8,64}\.edgekit")
-_SHA = re.compile(r"[0-9a-f]{64}")
+_SLOWEST = 1e6  # bytes a second that an old card writes
 
 
-class Refused(Exception):  # noqa: N818  (what happened)
-    """The device says no, in one line; `code` is the exit code of the host's command."""
-
-    def __init__(self, text: str, code: int = 4) -> None:
-        super().__init__(text)
-        self.code = code
+class _Gone(Exception):  # noqa: N818
+    """The host has ended, or nothing was heard of it for too long."""
 
 
-class _Place:
-    """The folder of one name."""
+class Wire:
+    """What the host says, on a stream that may end or fall silent."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise Refused(f"{name!r} is no name for an installed bundle", 2)
-        self.name, self.root, self.folder = name, root, root / name
-        self.versions, self.index = self.folder / "versions", self.folder / "index"
-        self.incoming = self.folder / "incoming"
-        self.active, self.journal = self.folder / "active.json", self.folder / "journal.json"
-        self.tries = self.folder / "tries.json"
+    def __init__(self, handle: int = 0) -> None:
+        self._handle, self._pending = handle, bytearray()
+        self._heard, self.idle_s = time.monotonic(), _PATIENT_S
+        self.on_heard: Callable[[], None] = lambda: None
 
-    def make(self) -> None:
-        for folder in (self.versions, self.index, self.incoming):
-            folder.mkdir(parents=True, exist_ok=True)
+    def line(self) -> bytes:
+        """The next line that is not empty: empty ones say that the host lives."""
+        while True:
+            while b"\n" not in self._pending:
+                self._pending += self._read(1 << 16)
+            end = self._pending.index(b"\n")
+            found = bytes(self._pending[:end])
+            del self._pending[: end + 1]
+            if found.strip():
+                return found
 
-    def state(self) -> Tuple[Optional[str], Optional[str]]:
-        """The active version and the one before; None where there is none, or it is lost."""
-        raw = _load(self.active)
-        if raw.get("schema") != _SCHEMA:
-            return None, None
-        return self._there(raw.get("file")), self._there(raw.get("previous"))
+    def into(self, view: memoryview) -> None:
+        """Fill it with the bytes that come next."""
+        have = min(len(view), len(self._pending))
+        view[:have] = self._pending[:have]
+        del self._pending[:have]
+        view = view[have:]
+        while view:
+            self._wait(self.idle_s)
+            count = os.readv(self._handle, [view])
+            if not count:
+                raise _Gone
+            view = view[count:]
 
-    def _there(self, name: Any) -> Optional[str]:
-        named = isinstance(name, str) and _FILE.fullmatch(name)
-        return name if named and (self.versions / name).is_file() else None
+    def alive(self, others: List[int], wait_s: float) -> List[int]:
+        """Wait a while for any of these, and for the host; those that have something to say."""
+        ready = self._ready([self._handle, *others], wait_s)
+        if self._handle in ready:
+            self._pending += self._read(1 << 16)
+        elif time.monotonic() - self._heard > self.idle_s:
+            raise _Gone
+        return [one for one in ready if one != self._handle]
 
-    def switch(self, file: str, previous: Optional[str]) -> None:
-        _store(self.active, {"schema": _SCHEMA, "file": file, "previous": previous})
-
-    def installed(self) -> List[str]:
-        """Versions that are there, oldest sequence first."""
-        found = [p.name for p in self.versions.glob("*.edgekit") if _FILE.fullmatch(p.name)]
-        return sorted(found, key=lambda n: (_sequence(n), n))
-
-
-def _sequence(file: str) -> int:
-    return int(file.partition("-")[0])
-
-
-def _load(path: Path) -> Dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
-
-
-def _store(path: Path, value: Dict[str, Any]) -> None:
-    """Replace a file as a whole, and have that on the disk before going on."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            os.fchmod(out.fileno(), 0o644)  # what root installs, a service user reads
-            out.write(json.dumps(value).encode())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(str(folder), os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-
-
-def _hash(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while True:
-        data = file.read(1 << 20)
+    def _read(self, most: int) -> bytes:
+        self._wait(self.idle_s)
+        data = os.read(self._handle, most)
         if not data:
-            return digest.hexdigest()
-        digest.update(data)
+            raise _Gone
+        return data
+
+    def _wait(self, wait_s: float) -> None:
+        if not self._ready([self._handle], wait_s):
+            raise _Gone
+
+    def _ready(self, handles: List[int], wait_s: float) -> List[int]:
+        ready = select.select(handles, [], [], wait_s)[0]
+        if self._handle in ready:
+            self._heard = time.monotonic()
+            self.on_heard()
+        return ready
 
 
-class _Desk:
-    """Answers requests about one name, one after the other, under its lock."""
+class Desk:
+    """Answers requests about one name, one after the other; what changes it is done under its
+    lock, which is kept from then on."""
 
-    def __init__(self, place: _Place) -> None:
-        self.place = place
-        self.part: Optional[Path] = None
+    verbs: Tuple[str, ...] = (
+        "hello", "bring", "status", "begin", "have", "take", "commit", "rollback", "gc",
+    )  # fmt: skip
+
+    def __init__(self, place: Place, owner: str, wire: Wire) -> None:
+        self.place, self._owner, self._wire = place, owner, wire
+        self._lock: Optional[Lock] = None
+        self._part = ""  # of the bundle that is coming
+        self._size = 0
         self._empty = True  # a part that was not begun before
+        self._known: Dict[str, Tuple[str, int, int]] = {}
+        self._got: Dict[int, Tuple[str, int]] = {}
 
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """The answer to a request: `do`, and what that takes."""
         verb = request.pop("do", None)
-        if verb not in ("status", "begin", "missing", "commit", "rollback", "gc"):
+        if verb not in self.verbs:
             raise Refused(f"no request {verb!r}", 2)
         found: Dict[str, Any] = getattr(self, verb)(**request)
         return found
+
+    def hello(self, *, runtime: str) -> Dict[str, Any]:
+        """What the host wants to know before it sends anything."""
+        try:
+            model = read_bytes("/sys/firmware/devicetree/base/model").rstrip(b"\0").decode()
+        except (OSError, ValueError):
+            model = ""
+        return {
+            "root": self.place.root, "machine": os.uname().machine, "model": model or None,
+            "python": list(sys.version_info[:3]),
+            "runtime": os.path.isdir(f"{self.place.root}/.device/{runtime}"),
+        }  # fmt: skip
+
+    def bring(self, *, runtime: str, files: List[List[Any]]) -> Dict[str, Any]:
+        """Take the runtime's files ([path, size], their bytes follow) into a folder of its own."""
+        taken = []
+        for path, size in files:
+            data = memoryview(bytearray(size))
+            self._wire.into(data)
+            taken.append((path, data))
+        if not is_name(runtime) or not all(_plain(path) for path, _ in taken):
+            raise Refused("a file of the runtime has a wrong name", 2)
+        folder = f"{self.place.root}/.device"
+        new = f"{folder}/.new-{runtime}-{os.getpid()}"
+        try:
+            for path, data in taken:
+                os.makedirs(os.path.dirname(f"{new}/{path}"), exist_ok=True)
+                with open(f"{new}/{path}", "wb") as out:
+                    out.write(data)
+            os.sync()
+            if not os.path.isdir(f"{folder}/{runtime}"):  # by another, meanwhile
+                os.replace(new, f"{folder}/{runtime}")
+                sync(folder)
+        finally:
+            remove_tree(new)
+        return {}
 
     def status(self) -> Dict[str, Any]:
         """What is installed under the name."""
         active, previous = self.place.state()
         return {
             "name": self.place.name, "active": active, "previous": previous,
-            "versions": self.place.installed(), "unfinished": _load(self.place.journal) or None,
-            "failed_trials": _load(self.place.tries),
+            "versions": self.place.installed(), "unfinished": load_json(self.place.journal) or None,
+            "failed_trials": load_json(self.place.tries),
         }  # fmt: skip
 
     def begin(
@@ -173,288 +190,338 @@ class _Desk:
     ) -> Dict[str, Any]:
         """Whether this bundle may come; finishes or undoes what was left.
 
-        {"state": "active" | "installed" | "wanted"}: nothing to send, or chunks to be asked for.
+        {"state": "active" | "installed" | "wanted", "fresh"}: nothing to send, or chunks; of a
+        fresh one the device has none.
         """
-        name = _FILE.fullmatch(file)
-        if not name or not _SHA.fullmatch(sha256) or size <= 0:
+        place = self.place
+        if not is_version(file) or not is_hash(sha256) or size <= 0:
             raise Refused(f"{file[:80]!r} is no name of a version", 2)
-        self._recover(sha256)
-        active, _ = self.place.state()
-        tries = _load(self.place.tries).get(sha256, {})
+        active, _ = place.state()
+        tries = load_json(place.tries).get(sha256, {})
         if tries.get("count", 0) >= MAX_TRIES:
             raise Refused(
                 f"this bundle failed its trial here {tries['count']} times (last: "
-                f"{tries.get('why')}); deploy another, or forget its trials with edgekit gc", 4,
-            )  # fmt: skip
-        if active and not allow_older and _sequence(file) < _sequence(active):
+                f"{tries.get('why')}); deploy another, or forget its trials with edgekit gc"
+            )
+        if active and not allow_older and sequence(file) < sequence(active):
             raise Refused(
-                f"it has sequence {_sequence(file)}, {_sequence(active)} is active; go back with "
+                f"it has sequence {sequence(file)}, {sequence(active)} is active; go back with "
                 "edgekit rollback, or deploy it with --allow-older", 2,
             )  # fmt: skip
+        self._change()
+        place.clear(sha256)
         if self._same(file, sha256):
+            place.clear(None)
             return {"state": "active" if file == active else "installed"}
-        self.part = self.place.incoming / f"{sha256}.part"
-        self._empty = not self.part.exists()
-        self._room(size)
-        with self._opened("a+b") as part:
-            if part.seek(0, 2) != size:
-                part.truncate(size)
+        self._part, self._size, self._got = f"{place.incoming}/{sha256}.part", size, {}
+        self._empty = not os.path.exists(self._part)
+        self._room()
+        handle = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(handle).st_size != size:
+                os.ftruncate(handle, size)
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(part.fileno(), 0, size)
-        self._note("receiving", file=file, sha256=sha256)
-        return {"state": "wanted"}
+                    os.posix_fallocate(handle, 0, size)
+        finally:
+            os.close(handle)
+        self._note("receiving", file, sha256)
+        self._known = self._chunks_here()
+        return {"state": "wanted", "fresh": self._empty and not self._known}
 
-    def missing(self, *, chunks: List[List[Any]]) -> Dict[str, Any]:
-        """Which of the bundle's chunks ([sha256, offset, size]) are neither in the part nor in a
-        version that is installed here; the others are copied."""
-        assert self.part is not None  # noqa: S101  (begin came first)
-        known = self._known()
+    def have(self, *, chunks: List[List[Any]]) -> Dict[str, Any]:
+        """Which of these ([sha256, offset, size]) are neither in the part nor in a version that is
+        installed here; those of a version are copied."""
         wanted = []
-        with self._opened("r+b") as part:
+        with open(self._part, "r+b", 0) as part:
             for number, (sha, offset, size) in enumerate(chunks):
-                part.seek(offset)
-                if not self._empty and hashlib.sha256(part.read(size)).hexdigest() == sha:
+                self._wire.alive([], 0)
+                if not self._empty and _chunk(self._part, offset, size, sha) is not None:
+                    self._got[offset] = (sha, size)
                     continue
-                data = _chunk(known.get(sha))
-                if data is None or len(data) != size or hashlib.sha256(data).hexdigest() != sha:
+                data = _chunk(*self._known.get(sha, ("", 0, 0)), sha)
+                if data is None or len(data) != size:
                     wanted.append(number)
                 else:
                     part.seek(offset)
-                    part.write(data)
+                    write_all(part.fileno(), data)
+                    self._got[offset] = (sha, size)
         return {"missing": wanted}
 
+    def take(self, *, chunks: List[List[Any]]) -> Dict[str, Any]:
+        """Chunks ([sha256, offset, size]) whose bytes follow; hashed as they come, and written
+        where they belong."""
+        failure: Optional[Exception] = None
+        buffer = memoryview(bytearray(max((size for _, _, size in chunks), default=0)))
+        handle = os.open(self._part, os.O_WRONLY) if self._part else -1
+        try:
+            for sha, offset, size in chunks:
+                data = buffer[:size]
+                self._wire.into(data)  # also after a failure: or they would be taken for requests
+                try:
+                    if failure is None:
+                        self._write(handle, data, sha, offset)
+                except (OSError, Refused) as error:
+                    failure = error
+        finally:
+            if handle >= 0:
+                os.close(handle)
+        if failure is not None:
+            raise failure
+        return {}
+
     def commit(
-        self, *, file: str, sha256: str, chunks: List[List[Any]], trial: List[str],
-        timeout_s: float = 120.0, environment: Optional[Dict[str, str]] = None,
-    ) -> Dict[str, Any]:  # fmt: skip
-        """Hash the whole, try it, keep it, activate it."""
+        self, *, file: str, sha256: str, trial: List[str], limit_s: float = 300.0
+    ) -> Dict[str, Any]:
+        """Try what came, or is there, keep it and activate it."""
         place = self.place
-        active, previous = place.state()
-        here = place.versions / file
-        source = here if self.part is None else self.part
-        with source.open("rb") as whole:
-            found = _hash(whole)
-            if found != sha256:
-                raise Refused("the bundle did not arrive whole; deploy it again")
-            os.fsync(whole.fileno())
-        self._note("trial", file=file, sha256=sha256)
-        command = [one.replace("{bundle}", str(source)) for one in trial]
+        active, _ = place.state()
+        here = f"{place.versions}/{file}"
+        if self._lock is None or not is_version(file):
+            raise Refused("it was not begun", 2)
+        if self._part:
+            self._whole()
+            self._lock.heard(self._size / _SLOWEST)
+            sync(self._part)
+        self._note("trial", file, sha256)
+        command = [one.replace("{bundle}", self._part or here) for one in trial]
         if active:
-            command += ["--active", str(place.versions / active)]
-        verdict = _try(command, timeout_s, environment or {})
+            command += ["--active", f"{place.versions}/{active}"]
+        verdict = _try(command, limit_s, self._wire)
         if not verdict.get("ok"):
-            self._failed(sha256, str(verdict.get("why")))
-        if self.part is not None:
-            self._note("keeping", file=file, sha256=sha256)
-            self.part.chmod(0o644)
-            self.part.replace(here)
-            _sync(place.versions)
-            _sync(place.incoming)
-        _store(place.index / f"{file}.json", {"sha256": sha256, "chunks": chunks})
-        self._note("switching", file=file, sha256=sha256)
-        if file != active:
-            place.switch(file, active or previous)
-        tries = _load(place.tries)
+            self._failed(sha256, str(verdict.get("why")), bundles=verdict.get("code") != 3)
+        if self._part:
+            self._note("keeping", file, sha256)
+            place.keep(self._part, file)
+            chunks = [[sha, offset, size] for offset, (sha, size) in sorted(self._got.items())]
+            store(f"{place.index}/{file}.json", {"sha256": sha256, "chunks": chunks})
+        self._note("switching", file, sha256)
+        place.activate(file)
+        tries = load_json(place.tries)
         if tries.pop(sha256, None) is not None:
-            _store(place.tries, tries)
-        self._done()
-        self.part = None
+            store(place.tries, tries)
+        place.done()
+        self._part = ""
         return {"active": file, "previous": place.state()[1], "trial": verdict}
 
     def rollback(self) -> Dict[str, Any]:
         """Back to the version before."""
-        self._recover(None)
         active, previous = self.place.state()
         if previous is None:
             raise Refused("there is no version before to go back to", 2)
+        self._change()
+        self.place.clear(None)
         self.place.switch(previous, None)
         return {"active": previous, "left": active}
 
-    def gc(self) -> Dict[str, Any]:
-        """Remove versions that are neither active nor the one before, parts, and failed trials."""
-        self._recover(None)
+    def gc(self, *, runtime: str = "") -> Dict[str, Any]:
+        """Remove versions that are neither active nor the one before, parts, failed trials, and
+        other runtimes than the one named."""
         keep, freed = set(self.place.state()), 0
         if not any(keep):
             raise Refused("no version is active here; deploy one first, nothing is removed", 2)
+        self._change()
+        self.place.clear(None)
         for file in self.place.installed():
             if file not in keep:
-                freed += (self.place.versions / file).stat().st_size
-                _remove(self.place.versions / file)
-                _remove(self.place.index / f"{file}.json")
-        _remove(self.place.tries)
+                freed += os.stat(f"{self.place.versions}/{file}").st_size
+                remove(f"{self.place.versions}/{file}")
+                remove(f"{self.place.index}/{file}.json")
+        remove(self.place.tries)
+        for other in names(f"{self.place.root}/.device"):
+            if runtime and other != runtime:
+                remove_tree(f"{self.place.root}/.device/{other}")
         return {"freed_bytes": freed, "versions": self.place.installed()}
 
-    def _failed(self, sha256: str, why: str) -> None:
-        tries = _load(self.place.tries)
+    def close(self) -> None:
+        """The host has ended."""
+
+    def _change(self) -> None:
+        if self._lock is None:
+            self.place.make()
+            self._lock = Lock(self.place, self._owner)
+            self._wire.on_heard, self._wire.idle_s = self._lock.heard, _IDLE_S
+
+    def _write(self, handle: int, data: memoryview, sha: str, offset: int) -> None:
+        size = len(data)
+        if handle < 0 or size > _MAX_CHUNK or offset < 0 or offset + size > self._size:
+            raise Refused("a chunk is larger than the bundle it is of", 2)
+        if sha256_of(data).hexdigest() != sha:
+            raise Refused("a chunk was damaged on the way; deploy it again")
+        os.lseek(handle, offset, os.SEEK_SET)
+        write_all(handle, data)
+        self._got[offset] = (sha, size)
+
+    def _whole(self) -> None:
+        """Every byte was hashed, by this process."""
+        at = 0
+        for offset, (_, size) in sorted(self._got.items()):
+            if offset != at:
+                break
+            at += size
+        if at != self._size:
+            raise Refused("the bundle did not arrive whole; deploy it again")
+
+    def _failed(self, sha256: str, why: str, *, bundles: bool) -> None:
+        """`bundles`: it is the bundle's fault, not that of what is installed here."""
+        tries = load_json(self.place.tries)
         count = int(tries.get(sha256, {}).get("count", 0)) + 1
-        _store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
-        if self.part is not None:
-            _remove(self.part)
-        self._done()
-        raise Refused(f"it failed its trial ({count} of {MAX_TRIES}): {why}; nothing changed", 4)
+        if bundles:
+            store(self.place.tries, {**tries, sha256: {"count": count, "why": why[:200]}})
+        if self._part:
+            remove(self._part)
+            self._part = ""
+        self.place.done()
+        if not bundles:
+            raise Refused(f"it cannot be tried: {why}; nothing changed")
+        raise Refused(f"it failed its trial ({count} of {MAX_TRIES}): {why}; nothing changed")
 
-    def _recover(self, keep: Optional[str]) -> None:
-        """Remove what a killed command left; a part of `keep` goes on where it was."""
-        for folder in (self.place.folder, self.place.versions, self.place.index):
-            for left in folder.glob(".new-*"):
-                _remove(left)
-        for part in self.place.incoming.glob("*.part"):
-            if part.name != f"{keep}.part":
-                _remove(part)
-        for index in self.place.index.glob("*.json"):
-            if not (self.place.versions / index.name[: -len(".json")]).exists():
-                _remove(index)
-        if keep is None:
-            self._done()
-
-    def _note(self, step: str, **facts: Any) -> None:
-        _store(self.place.journal, {"step": step, **facts})
-
-    def _done(self) -> None:
-        _remove(self.place.journal)
-        _sync(self.place.folder)
+    def _note(self, step: str, file: str, sha256: str) -> None:
+        facts = {"step": step, "file": file, "sha256": sha256}
+        store(self.place.journal, facts, durable=False)
 
     def _same(self, file: str, sha256: str) -> bool:
+        digest, buffer = sha256_of(), memoryview(bytearray(1 << 20))
         try:
-            with (self.place.versions / file).open("rb") as there:
-                return _hash(there) == sha256
+            with open(f"{self.place.versions}/{file}", "rb", 0) as there:
+                while count := there.readinto(buffer):
+                    digest.update(buffer[:count])
+                    self._wire.alive([], 0)
         except FileNotFoundError:
             return False
+        return bool(digest.hexdigest() == sha256)
 
-    def _room(self, size: int) -> None:
-        assert self.part is not None  # noqa: S101
-        there = self.part.stat().st_blocks * 512 if self.part.exists() else 0
-        free = shutil.disk_usage(str(self.place.folder)).free
-        if size - there + _SPARE > free:
+    def _room(self) -> None:
+        there = 0 if self._empty else os.stat(self._part).st_blocks * 512
+        disk = os.statvfs(self.place.folder)
+        free, wanted = disk.f_bavail * disk.f_frsize, self._size - there + _SPARE
+        if wanted > free:
             raise Refused(
-                f"no room for it beside the version that is active: it needs "
-                f"{(size - there + _SPARE) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; edgekit gc "
-                "removes older versions", 4,
-            )  # fmt: skip
+                f"no room for it beside the version that is active: it needs {wanted / 1e6:.1f} "
+                f"MB, {free / 1e6:.1f} MB are free; edgekit gc removes older versions"
+            )
 
-    def _known(self) -> Dict[str, Tuple[Path, int, int]]:
+    def _chunks_here(self) -> Dict[str, Tuple[str, int, int]]:
         """Where a chunk is to be had, of any bundle under the root."""
         found = {}
-        for index in sorted(self.place.root.glob("*/index/*.json")):
-            file = index.parent.parent / "versions" / index.name[: -len(".json")]
-            with contextlib.suppress(ValueError, TypeError):
-                for sha, offset, size in _load(index).get("chunks", []):
-                    found[sha] = (file, int(offset), int(size))
+        for name in filter(is_name, names(self.place.root)):
+            folder = f"{self.place.root}/{name}"
+            for index in names(f"{folder}/index"):
+                file = f"{folder}/versions/{index[: -len('.json')]}"
+                try:
+                    for sha, offset, size in load_json(f"{folder}/index/{index}").get("chunks", []):
+                        found[sha] = (file, int(offset), int(size))
+                except (ValueError, TypeError):
+                    continue
         return found
 
-    def _opened(self, mode: str) -> BinaryIO:
-        assert self.part is not None  # noqa: S101
-        return self.part.open(mode)  # type: ignore[return-value]
+
+def _plain(path: str) -> bool:
+    return all(is_name(part) for part in path.split("/"))
 
 
-def _chunk(where: Optional[Tuple[Path, int, int]]) -> Optional[bytes]:
-    if where is None or not 0 < where[2] <= _MAX_CHUNK:
+def remove_tree(folder: str) -> None:
+    if os.path.exists(folder):
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _chunk(path: str, offset: int, size: int, sha: str) -> Optional[bytes]:
+    """The bytes there, if they are those with this hash."""
+    if not path or not 0 < size <= _MAX_CHUNK:
         return None
     try:
-        with where[0].open("rb") as file:
-            file.seek(where[1])
-            return file.read(where[2])
+        with open(path, "rb", 0) as file:
+            file.seek(offset)
+            data = file.read(size)
     except OSError:
         return None
+    return data if sha256_of(data).hexdigest() == sha else None
 
 
-def _try(command: List[str], timeout_s: float, environment: Dict[str, str]) -> Dict[str, Any]:
-    """The verdict of a trial: what the child printed, or how it ended."""
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as log:
-        try:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=log,
-                env={**os.environ, **environment}, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            return {"ok": False, "why": f"{command[0]}: {error.strerror}"}
-        try:
-            code = child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"ok": False, "why": f"it did not end within {timeout_s:.0f} s"}
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        said.seek(0)
-        log.seek(0)
-        words = log.read().decode(errors="replace").strip().splitlines()
-        lines = said.read().splitlines()
-    last = words[-1].split(": ", 1)[-1][:300] if words else "it said nothing"
+def _try(command: List[str], timeout_s: float, wire: Wire) -> Dict[str, Any]:
+    """The verdict of a trial: what the child printed, or how it ended.
+
+    Raises:
+        _Gone: the host has ended meanwhile; so has the trial.
+    """
+    said, words = os.pipe(), os.pipe()
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        child = os.posix_spawnp(
+            command[0], command, os.environ, setsid=True,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, said[1], 1),
+                (os.POSIX_SPAWN_DUP2, words[1], 2),
+            ],
+        )  # fmt: skip
+    except OSError as error:
+        for one in (said[0], words[0]):
+            os.close(one)
+        return {"ok": False, "why": f"{command[0]}: {error.strerror}"}
+    finally:
+        for one in (null, said[1], words[1]):
+            os.close(one)
+    heard = {said[0]: b"", words[0]: b""}
+    try:
+        code = _outcome(child, heard, time.monotonic() + timeout_s, wire)
+    finally:
+        for one in heard:
+            os.close(one)
+    if code is None:
+        return {"ok": False, "why": f"it did not end within {timeout_s:.0f} s"}
+    return _verdict(code, heard[said[0]], heard[words[0]])
+
+
+def _outcome(child: int, heard: Dict[int, bytes], late: float, wire: Wire) -> Optional[int]:
+    """The child's exit code, negative for a signal, None if it did not end in time; what it says
+    is added to `heard`."""
+    streams, ended, status = set(heard), 0, 0
+    try:
+        while not ended and time.monotonic() < late:
+            ready = wire.alive(list(streams), 0.2 if streams else 0.01)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:  # all it said is there; what it started may say more
+                ready = select.select(list(streams), [], [], 0)[0]
+            for one in ready:
+                data = os.read(one, 1 << 16)
+                heard[one] = (heard[one] + data)[-(1 << 16) :]
+                if not data:
+                    streams.discard(one)
+    finally:
+        _end(child, reap=not ended)
+    if not ended:
+        return None
+    return -(status & 127) if status & 127 else status >> 8
+
+
+def _end(child: int, *, reap: bool) -> None:
+    """The child and all it started."""
+    try:
+        os.killpg(child, 9)
+    except OSError:
+        pass
+    if reap:
+        os.waitpid(child, 0)
+
+
+def _verdict(code: int, said: bytes, words: bytes) -> Dict[str, Any]:
+    lines = words.decode(errors="replace").strip().splitlines()
+    last = lines[-1].split(": ", 1)[-1][:300] if lines else "it said nothing"
     if code < 0:
         return {"ok": False, "why": f"the engine crashed with signal {-code} ({last})"}
     try:
-        verdict = json.loads(lines[-1])
-        return verdict if isinstance(verdict, dict) else {"ok": False, "why": last}
-    except (IndexError, ValueError):
-        return {"ok": False, "why": last}
-
-
-def _receive(part: Path, stream: BinaryIO) -> int:
-    """Write chunks where they belong; returns how many came whole."""
-    count = 0
-    with part.open("r+b") as out:
-        end = out.seek(0, 2)
-        while True:
-            head = stream.read(_FRAME.size)
-            if len(head) < _FRAME.size:
-                return count
-            sha, size, offset = _FRAME.unpack(head)
-            if size > _MAX_CHUNK or offset + size > end:
-                raise Refused("a chunk is larger than the bundle it is of", 2)
-            data = stream.read(size)
-            if len(data) < size:
-                return count  # the link was cut
-            if hashlib.sha256(data).digest() != sha:
-                raise Refused("a chunk was damaged on the way; deploy it again")
-            out.seek(offset)
-            out.write(data)
-            out.flush()
-            count += 1
-
-
-@contextlib.contextmanager
-def _locked(place: _Place, owner: str) -> Iterator[None]:
-    with (place.folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise Refused(
-                f"{place.name!r} is being changed by {lock.read().strip()[:120] or 'another'}; "
-                "try again when that is done"
-            ) from None
-        lock.truncate(0)
-        lock.write(owner)
-        lock.flush()
-        yield
-
-
-def _requests(desk: _Desk) -> Iterator[bytes]:
-    """Lines of stdin, until it ends or nothing has come for too long, on either way."""
-    pending, last = b"", -1.0
-    while True:
-        ready, _, _ = select.select([0], [], [], _IDLE_S)
-        if not ready:
-            changed = desk.part.stat().st_mtime if desk.part and desk.part.exists() else 0.0
-            if changed == last or desk.part is None:
-                return
-            last = changed
-            continue
-        data = os.read(0, 1 << 16)
-        if not data:
-            return
-        pending += data
-        while b"\n" in pending:
-            line, pending = pending.split(b"\n", 1)
-            yield line
+        found = parse(said.decode().strip().rpartition("\n")[2])
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"ok": False, "why": last, "code": code}
 
 
 def _reason(error: Exception) -> Tuple[str, int]:
     if isinstance(error, Refused):
         return str(error), error.code
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return "the disk there is full; edgekit gc removes older versions", 4
         if error.errno == errno.EROFS:
             return "the disk there is read-only", 4
@@ -462,56 +529,36 @@ def _reason(error: Exception) -> Tuple[str, int]:
     return f"{type(error).__name__}: {error}", 4
 
 
-def _serve(root: Path, name: str, owner: str) -> None:
-    place = _Place(root, name)
-    place.make()
-    with _locked(place, owner):
-        desk = _Desk(place)
-        for line in _requests(desk):
-            _say(_reply(desk, line))
-
-
-def _reply(desk: _Desk, line: bytes) -> Dict[str, Any]:
+def _reply(desk: Desk, line: bytes) -> Dict[str, Any]:
     try:
-        return {"ok": True, **(desk.answer(json.loads(line)) if line else _device())}
+        return {"ok": True, **desk.answer(parse(line.decode()))}
+    except _Gone:
+        raise
     except Exception as error:
-        return _refusal(error)[0]
+        text, code = _reason(error)
+        return {"ok": False, "why": " ".join(text.split()), "code": code}
 
 
-def _refusal(error: Exception) -> Tuple[Dict[str, Any], int]:
-    text, code = _reason(error)
-    return {"ok": False, "why": " ".join(text.split()), "code": code}, code
+def _root(given: str) -> str:
+    chosen = given or os.environ.get("EDGEKIT_ROOT") or "~/.local/share/edgekit"
+    return os.path.abspath(os.path.expanduser(chosen))
 
 
-def _device() -> Dict[str, Any]:
-    """What the host wants to know before it sends anything."""
-    model = Path("/sys/firmware/devicetree/base/model")
-    with contextlib.suppress(OSError):
-        said = model.read_bytes().rstrip(b"\0").decode(errors="replace")
-        return {"model": said, "machine": os.uname().machine}
-    return {"model": None, "machine": os.uname().machine}
-
-
-def _say(value: Dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
-
-
-def main(arguments: List[str]) -> int:
-    """Serve one name, or receive chunks."""
+def main(arguments: List[str], make: Callable[[Place, str, Wire], Desk] = Desk) -> int:
+    """Answer for ROOT (empty: the usual one), NAME and OWNER until the host ends."""
+    root, name, owner = arguments
+    wire, desk, failure = Wire(), None, None
     try:
-        if arguments[0] == "--receive":
-            _say({"ok": True, "count": _receive(Path(arguments[1]), sys.stdin.buffer)})
-        else:
-            _serve(Path(arguments[0]), arguments[1], arguments[2])
-    except BrokenPipeError:
-        return 4
-    except Exception as error:
-        answer, code = _refusal(error)
-        _say(answer)
-        return code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        desk = make(Place(_root(root), name), owner, wire)
+    except Refused as error:
+        failure = {"ok": False, "why": str(error), "code": error.code}
+    try:
+        while True:
+            line = wire.line()
+            answer = _reply(desk, line) if desk else failure
+            write_all(1, to_json(answer).encode() + b"\n")
+    except (_Gone, BrokenPipeError):
+        return 0
+    finally:
+        if desk:
+            desk.close()

@@ -11,6 +11,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 __all__ = [
     "Reading",
+    "cpu_name",
     "energy_joules",
     "free_memory_bytes",
     "machine_name",
@@ -104,6 +105,23 @@ def machine_name() -> str:
     """The kind of processor as Linux calls it: `x86_64`, `aarch64`, `armv7l`."""
     found = platform.machine().lower()
     return _MACHINES.get(found, found)
+
+
+def cpu_name(text: Optional[str] = None) -> Optional[str]:
+    """The processor's name as the kernel has it, Arm's by number: `implementer 0x41 part 0xd08`.
+    `text` is what /proc/cpuinfo holds, on another machine."""
+    found: Dict[str, str] = {}
+    if text is None:
+        text = ""
+        with contextlib.suppress(OSError):
+            text = Path("/proc/cpuinfo").read_text(errors="replace")
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip(), value.strip())
+    if "CPU implementer" in found and "CPU part" in found:
+        return f"implementer {found['CPU implementer']} part {found['CPU part']}"
+    return found.get("model name") or found.get("cpu model") or None
 
 
 def _status(key: str, path: str = "/proc/self/status") -> Optional[int]:

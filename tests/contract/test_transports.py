@@ -1,18 +1,18 @@
 """One suite for every transport: this machine, and a real ssh server in this process."""
 
-import contextlib
+import hashlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from ssh_home import Server
 
-from edgekit.deploy import Transport, connect
+from edgekit.deploy import Transport, connect, lab
+from edgekit.deploy.memory import MemoryTransport
+from edgekit.deploy.transport import Ended
 from edgekit.errors import TargetError, UsageError
 
 pytestmark = pytest.mark.needs("asyncssh")
@@ -23,47 +23,6 @@ for line in sys.stdin:
         sys.exit("gone")
     print(line, end="", flush=True)
 """
-SERVER = str(Path(__file__).parents[1] / "ssh_server.py")
-
-
-class Server:
-    """A server process, a home with a key that it accepts, and a known_hosts with its key."""
-
-    def __init__(self, home: Path) -> None:
-        import asyncssh
-
-        self.ssh = home / ".ssh"
-        self.ssh.mkdir(mode=0o700)
-        host_key = asyncssh.generate_private_key("ssh-ed25519")
-        host_key.write_private_key(str(self.ssh / "host_key"))
-        (self.ssh / "authorized_keys").write_bytes(self.new_key().export_public_key())
-        self.process = subprocess.Popen(
-            [sys.executable, SERVER, str(self.ssh)], stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-        self.known_hosts = self.ssh / "known_hosts"
-        key = host_key.export_public_key().decode().strip()
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {key}\n")
-        self.target = f"ssh://somebody@127.0.0.1:{self.port}"
-
-    def new_key(self) -> Any:
-        """Another key for the user."""
-        import asyncssh
-
-        key = asyncssh.generate_private_key("ssh-ed25519")
-        key.write_private_key(str(self.ssh / "id_ed25519"))
-        key.write_public_key(str(self.ssh / "id_ed25519.pub"))
-        return key
-
-    def cut(self) -> None:
-        """Cut the cable."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture
@@ -76,10 +35,28 @@ def server(tmp_path, monkeypatch) -> Iterator[Server]:
     made.cut()
 
 
-@pytest.fixture(params=["local", "ssh"])
+@pytest.fixture(scope="module")
+def board() -> Iterator[lab.Running]:
+    try:
+        up = lab.up("raspberry-pi-4", disk_mb=64)
+    except UsageError as error:
+        pytest.skip(str(error))
+    yield up
+    lab.down(str(up.port))
+
+
+@pytest.fixture(params=["local", "ssh", "memory", pytest.param("board", marks=pytest.mark.devices)])
 def transport(request) -> Iterator[Transport]:
-    target = "local" if request.param == "local" else request.getfixturevalue("server").target
-    with connect(target) as made:
+    made: Transport
+    if request.param == "memory":
+        made = MemoryTransport()
+    elif request.param == "local":
+        made = connect("local")
+    else:
+        where = "server" if request.param == "ssh" else "board"
+        made = connect(request.getfixturevalue(where).target)
+    made.python = "python3" if request.param == "board" else sys.executable
+    with made:
         yield made
 
 
@@ -106,14 +83,16 @@ def test_files_arrive_whole(transport, tmp_path) -> None:
     (tmp_path / "model.bin").write_bytes(data)
     folder = transport.scratch()
     transport.push(tmp_path / "model.bin", f"{folder}/there.bin")
-    assert Path(folder, "there.bin").read_bytes() == data
-    assert Path(folder).stat().st_mode & 0o077 == 0, "others cannot look into it"
+    there = transport.run(["sha256sum", f"{folder}/there.bin"], timeout_s=60).stdout
+    assert there.decode().split()[0] == hashlib.sha256(data).hexdigest()
+    mode = transport.run(["stat", "-c", "%a", folder], timeout_s=60).stdout
+    assert mode == b"700\n", "others cannot look into it"
     with pytest.raises(TargetError, match=r"model\.bin|no-folder"):
         transport.push(tmp_path / "model.bin", "/no-folder/there.bin")
 
 
 def test_conversations_answer_line_by_line_and_say_how_they_ended(transport) -> None:
-    talk = transport.converse([sys.executable, "-c", ECHO])
+    talk = transport.converse([transport.python, "-c", ECHO])
     assert talk.ask("one", timeout_s=30) == b"one\n"
     assert talk.ask("two", timeout_s=30) == b"two\n"
     with pytest.raises(TargetError, match="gone"):
@@ -122,13 +101,34 @@ def test_conversations_answer_line_by_line_and_say_how_they_ended(transport) -> 
     talk.close()
 
 
+def test_bytes_arrive_as_they_are_and_lines_are_waited_for(transport) -> None:
+    count = (
+        "import sys; data = sys.stdin.buffer.read(3_000_000); print(len(data), sum(data[::7]),"
+        "flush=True); sys.stdin.read()"
+    )
+    talk, data = transport.converse([transport.python, "-c", count]), os.urandom(3_000_000)
+    talk.write(data)
+    assert talk.answer(timeout_s=60).split() == [b"3000000", b"%d" % sum(data[::7])]
+    assert talk.line(0.2) is None
+    talk.close()
+    with pytest.raises(TargetError):
+        talk.write(b"more")
+
+
+def test_how_a_process_ended_is_said(transport) -> None:
+    for command, code in ((["sh", "-c", "exit 5"], 5), (["no-such-command-here"], 127)):
+        with pytest.raises(Ended) as caught:
+            transport.converse(command).ask("hello", timeout_s=60)
+        assert caught.value.code == code
+
+
 def test_a_late_answer_is_not_the_next_ones(transport) -> None:
     late = """import sys, time
 for number, line in enumerate(sys.stdin):
     time.sleep(2 - number)
     print(line, end="")
 """
-    talk = transport.converse([sys.executable, "-u", "-c", late])
+    talk = transport.converse([transport.python, "-u", "-c", late])
     with pytest.raises(TargetError, match="within 1 s"):
         talk.ask("one", timeout_s=1)
     with pytest.raises(TargetError):
@@ -164,6 +164,9 @@ def test_an_unknown_host_key_is_refused_and_not_added(server) -> None:
     assert server.known_hosts.read_text() == ""
     server.known_hosts.write_text(known.replace("AAAA", "AAAB", 1))
     assert server.target in one_line(lambda: connect(server.target))
+    other = server.new_key().export_public_key().decode().split()[:2]
+    server.known_hosts.write_text(" ".join([known.split()[0], *other]) + "\n")
+    assert "its host key is another" in one_line(lambda: connect(server.target))
 
 
 def test_an_unknown_host_key_is_added_when_asked_for_but_a_changed_one_never(server) -> None:

@@ -6,17 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import bundle, listed, make_manifest, make_variant, npz
+from deployable import Maker, scaled
+from service_story import Story
 
 from edgekit.deploy import connect, lab
 from edgekit.deploy.install import Device, deploy
 from edgekit.deploy.lab import Running
 from edgekit.errors import TargetError, UsageError
-from edgekit_runtime import load
 
 pytestmark = [pytest.mark.devices, pytest.mark.needs("asyncssh", "onnxruntime", "onnx")]
 USE = """import json, numpy, sys; sys.path.insert(0, sys.argv[1])
@@ -37,30 +36,9 @@ def board() -> Iterator[Running]:
 
 
 @pytest.fixture
-def make(small_model, tmp_path):
+def make(small_model, tmp_path) -> Maker:
     model = small_model("onnxruntime", "linear").read_bytes()
-    inputs = np.random.default_rng(0).normal(size=(2, 1, 4)).astype(np.float32)
-    plain = tmp_path / "plain.onnx"
-    plain.write_bytes(model)
-    with load(plain) as session:
-        right = np.stack([session.run({"x": one})["y"] for one in inputs])
-        expected = session.run({"x": np.ones((1, 4), np.float32)})["y"].tolist()
-
-    def write(sequence: int, off: float = 0.0) -> Path:
-        contents = {
-            "a/model.onnx": model, "a/in.npz": npz(x=inputs),
-            "a/out.npz": npz(y=right + np.float32(off)),
-        }  # fmt: skip
-        found = make_manifest(
-            contents, sequence=sequence, bundle_id=f"{sequence:032x}", files=listed(contents),
-            profiles=("raspberry-pi-4",), variants=(make_variant(),),
-        )  # fmt: skip
-        path = tmp_path / f"{sequence}.edgekit"
-        path.write_bytes(bundle(found, contents))
-        return path
-
-    write.expected = expected
-    return write
+    return Maker(model, tmp_path / "bundles", profiles=("raspberry-pi-4",))
 
 
 @contextmanager
@@ -81,8 +59,26 @@ def test_deployed_used_and_rolled_back(board, make) -> None:
         assert made.ask("status")["active"] == second.file
         runtime = f"{made.folder}/{made.runtime}"
         done = made.transport.run([board.python, "-c", USE, runtime], timeout_s=120)
-        np.testing.assert_allclose(json.loads(done.stdout), make.expected, rtol=1e-5)
+        np.testing.assert_allclose(json.loads(done.stdout), make.right, rtol=1e-5)
         assert made.ask("rollback")["active"] == first.file
+
+
+def test_a_service_answers_all_the_time_while_versions_change(board, make, tmp_path) -> None:
+    second = Maker(scaled(make.model, 2), tmp_path / "second", profiles=("raspberry-pi-4",))
+    with connect(board.target) as there:
+        story = Story(there, board.python, "/home/pi/service", "keywords")
+        assert story.tell(make, second)["answers"] > 9
+
+
+def test_a_bundle_for_another_board_or_processor_is_not_sent(board, make) -> None:
+    other = Maker(make.model, make.folder, profiles=("raspberry-pi-5",))
+    with device(board) as made:
+        before = made.ask("status")
+        with pytest.raises(UsageError, match=r"for raspberry-pi-5, the device is a Raspberry Pi 4"):
+            deploy(other(50), made)
+        with pytest.raises(UsageError, match=r"variants for x86_64; the device is aarch64"):
+            deploy(make(51, machines=("x86_64",)), made)
+        assert made.ask("status") == before
 
 
 def test_a_board_that_loses_power_is_one_error(make) -> None:

@@ -2,7 +2,7 @@
 # make_vm.sh ROOT DEST: kernel, initrd and disk of a virtual arm64 board, made of a board's root
 set -euo pipefail
 ROOT=$1 DEST=$2
-need="qemu-system-arm cpio e2fsprogs mmdebstrap"
+need="qemu-system-arm qemu-utils cpio e2fsprogs mmdebstrap"
 miss=""; for p in $need; do dpkg -s $p >/dev/null 2>&1 || miss="$miss $p"; done
 if [ -n "$miss" ]; then
   export DEBIAN_FRONTEND=noninteractive
