@@ -113,7 +113,6 @@ def test_unknown_profile_lists_the_known(edgekit, good, tmp_path) -> None:
         (("--metric", "mae"), "labels have 1 values per sample"),
         (("--budget", "soon"), "--budget is 'soon'"),
         (("--threads", "0"), "--threads is 0"),
-        (("--on", "ssh://pi@nowhere"), "ssh://pi@nowhere"),
         (("--minimize", "beauty"), "beauty"),
         (("--nonsense", "1"), "nonsense"),
         (("--calibration", "absent.npz"), "absent.npz"),
@@ -121,6 +120,11 @@ def test_unknown_profile_lists_the_known(edgekit, good, tmp_path) -> None:
 )
 def test_bad_options(more, said, edgekit, good, tmp_path) -> None:
     assert_one_line(optimize(edgekit, *good, tmp_path / "out", *more), 2, said)
+
+
+def test_a_target_that_cannot_be_reached(edgekit, good, tmp_path) -> None:
+    done = optimize(edgekit, *good, tmp_path / "out", "--on", "ssh://pi@127.0.0.1:1")
+    assert_one_line(done, 4, "ssh://pi@127.0.0.1:1")
 
 
 def test_json_error_is_one_object(edgekit, good, tmp_path) -> None:

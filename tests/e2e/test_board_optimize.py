@@ -79,7 +79,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_boards_choose_what_their_processors_are_good_at(boards, files) -> None:
     def optimize(board: Running) -> dict[str, Any]:
         done = run(
