@@ -21,11 +21,12 @@ from edgekit.cache import write_atomically
 from edgekit.errors import ModelError, UsageError
 from edgekit.pipeline import Pipeline
 from edgekit_runtime.arrays import read_npz, write_npz
-from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, archive_entry
+from edgekit_runtime.bundle import MANIFEST, MAX_BUNDLE_BYTES, MAX_INFLATION, archive_entry
 from edgekit_runtime.loading import load
 from edgekit_runtime.machine import cpu_name
 from edgekit_runtime.manifest import (
     SCHEMA,
+    Deflated,
     FileEntry,
     Golden,
     Manifest,
@@ -37,6 +38,9 @@ from edgekit_runtime.worker import synthetic_inputs
 __all__ = ["VariantSource", "latency_limits", "make_golden", "write_bundle"]
 
 _GOLDEN_SAMPLES = 3
+#: a model that deflates to at most this share of its bytes is stored so: sparse ones do, dense ones
+#: do not (docs/evidence/pruning.md)
+_WORTH_DEFLATING, _SMALL_BYTES, _LEVEL = 0.7, 1 << 12, 6
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,14 @@ def write_bundle(
                 memory_bytes=source.memory_bytes,
             )
         )  # fmt: skip
+    models = {path for one in variants for path in one.files}
     entries = tuple(
-        FileEntry(entry, hashlib.sha256(data).hexdigest(), len(data), zlib.crc32(data))
+        FileEntry(
+            entry, hashlib.sha256(data).hexdigest(), len(data), zlib.crc32(data),
+            _deflated(data) if entry in models else None,
+        )
         for entry, data in sorted(contents.items())
-    )
+    )  # fmt: skip
     bundle_id = hashlib.sha256("".join(e.path + e.sha256 for e in entries).encode()).hexdigest()
     manifest = Manifest(
         SCHEMA, bundle_id[:32], int(time.time()), name,
@@ -145,8 +153,21 @@ def _archive(manifest: Manifest, contents: Mapping[str, bytes]) -> bytes:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as archive:
         archive.writestr(archive_entry(MANIFEST, len(text)), text)
         for entry in manifest.files:
-            archive.writestr(archive_entry(entry.path, entry.size_bytes), contents[entry.path])
+            packed = entry.deflated is not None
+            head = archive_entry(entry.path, entry.size_bytes, deflated=packed)
+            archive.writestr(head, contents[entry.path], compresslevel=_LEVEL)
     return out.getvalue()
+
+
+def _deflated(data: bytes) -> Deflated | None:
+    """How a file lies in the archive, if it is worth compressing: what `zipfile` makes of it."""
+    if len(data) < _SMALL_BYTES:
+        return None
+    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed = packer.compress(data) + packer.flush()
+    if not 1 / MAX_INFLATION <= len(packed) / len(data) <= _WORTH_DEFLATING:
+        return None
+    return Deflated(len(packed), hashlib.sha256(packed).hexdigest())
 
 
 def _ordered(

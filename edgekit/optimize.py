@@ -489,6 +489,7 @@ class _Run:
         self._remember(rows)
         if chosen is not None:
             self._write_bundle(chosen, self.incomplete)
+            document["bundle_bytes"] = (request.out / "model.edgekit").stat().st_size
         elif self.saved:
             (request.out / "model.edgekit").unlink(missing_ok=True)
         document["seconds"] = {**self.diary.seconds, "total": time.monotonic() - self.started}

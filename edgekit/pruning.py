@@ -132,10 +132,8 @@ class _Job:
     def go(self) -> Pruned:
         request = self.request
         if request.data is None and self.pruning.needs_data:
-            raise UsageError(
-                f"{self.pruning.method} by {self.pruning.importance} with a refit learns from "
-                "samples: give --data, or --importance l1 --no-refit"
-            )
+            raise UsageError(f"{self.pruning.learns} learns from samples: give --data, or "
+                             f"{self.pruning.blind}")  # fmt: skip
         if request.data is None and request.max_drop is not None:
             raise UsageError("--max-drop without --data: give samples to see the loss on")
         with self.diary.phase("read the model and the data"):

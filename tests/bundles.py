@@ -1,5 +1,6 @@
 """Makes bundles by hand, good and bad ones, without the host's writer."""
 
+import dataclasses
 import hashlib
 import io
 import zipfile
@@ -12,6 +13,7 @@ import numpy as np
 from edgekit_runtime.bundle import MANIFEST, archive_entry
 from edgekit_runtime.manifest import (
     SCHEMA,
+    Deflated,
     FileEntry,
     Golden,
     Manifest,
@@ -62,6 +64,29 @@ def archive(entries: list[tuple[str, bytes]]) -> bytes:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as opened:
         for path, data in entries:
             opened.writestr(archive_entry(path, len(data)), data)
+    return out.getvalue()
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+    return packer.compress(data) + packer.flush()
+
+
+def deflated_bundle(contents: Mapping[str, bytes], name: str, **declared: Any) -> bytes:
+    """A bundle in which one file is deflated; `declared` changes what the manifest says of that."""
+    packed = raw_deflate(contents[name])
+    facts = {"size_bytes": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
+    files = tuple(
+        dataclasses.replace(one, deflated=Deflated(**(facts | declared)))
+        if one.path == name else one
+        for one in listed(contents)
+    )  # fmt: skip
+    out = io.BytesIO()
+    text = make_manifest(contents, files=files).to_json().encode()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as opened:
+        for path, data in [(MANIFEST, text), *contents.items()]:
+            opened.writestr(archive_entry(path, len(data), deflated=path == name), data,
+                            compresslevel=6)  # fmt: skip
     return out.getvalue()
 
 

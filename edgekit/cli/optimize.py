@@ -200,7 +200,8 @@ def _show(document: dict[str, Any]) -> None:
     if document["chosen"] is None:
         return
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
-    stdout.print(f"bundle  {document['bundle']}\nreport  {document['report']}", soft_wrap=True)
+    told = f"{document['bundle']}  {size(document['bundle_bytes'])}"
+    stdout.print(f"bundle  {told}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:
         stderr.print("[yellow]incomplete:[/yellow] the best found so far; the notes above say why")
 

@@ -180,7 +180,7 @@ def _asked(  # noqa: PLR0917
     n, colon, m = pattern.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal()):
         raise UsageError(f"--pattern is {pattern!r}; wanted N:M, 2:4 say")
-    share = 1 - int(n) / max(1, int(m)) if method == "n-m" and int(n) < int(m) else 0.5
+    share = 1 - int(n) / int(m) if method == "n-m" and 0 < int(n) < int(m) else 0.5
     return Pruning(
         method, share if amount is None else amount, importance, refit, multiple, (int(n), int(m))
     )

@@ -12,14 +12,23 @@ from numpy.typing import NDArray
 from edgekit.compress.prepare_onnx import float_session
 from edgekit.errors import require
 
-__all__ = ["Array", "Layer", "Tap", "find_layers", "number", "readers_of", "store_weights"]
+__all__ = [
+    "PRODUCTS", "Array", "Layer", "Tap", "find_layers", "number", "readers_of", "store_weights",
+]  # fmt: skip
 
 Array = NDArray[Any]
+
+#: operators that are sums of products with weights of their own
+PRODUCTS = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
 
 @dataclass
 class Layer:
-    """A Conv, Gemm or MatMul with constant weights of its own.
+    """A Conv, Gemm, MatMul or ConvTranspose with constant weights of its own.
+
+    A ConvTranspose is a convolution, too: with the kernel turned round, over its input with zeros
+    between the values (V. Dumoulin and F. Visin, "A guide to convolution arithmetic for deep
+    learning", 2016, section 4.6).
 
     bias: a constant (outputs,) of its own, of a MatMul that of the Add behind it; empty: it has
     none. output: the tensor behind the bias. can_shift: the bias can be changed, or one be added.
@@ -36,11 +45,18 @@ class Layer:
     @property
     def is_conv(self) -> bool:
         """Channels are on axis 1; else on the last one."""
-        return bool(self.node.op_type == "Conv")
+        return bool(self.node.op_type in ("Conv", "ConvTranspose"))
+
+    @property
+    def turned(self) -> bool:
+        """Its weights are (in, out, *kernel)."""
+        return bool(self.node.op_type == "ConvTranspose")
 
     def rows(self, weights: Mapping[str, Array]) -> Array:
         """float64 (outputs, terms of each sum)."""
         array = weights[self.weight].astype(np.float64)
+        if self.turned:
+            array = _turned(array, self.group)
         if self.is_conv:
             return array.reshape(len(array), -1)
         return array if self.transposed else array.T
@@ -48,7 +64,11 @@ class Layer:
     def put(self, weights: dict[str, Array], rows: Array) -> None:
         """The other way round."""
         old = weights[self.weight]
-        if not self.is_conv and not self.transposed:
+        if self.turned:
+            inner, outer, *kernel = old.shape
+            rows = rows.reshape(self.group * outer, inner // self.group, *kernel)
+            rows = _turned(rows, self.group)
+        elif not self.is_conv and not self.transposed:
             rows = rows.T
         weights[self.weight] = np.ascontiguousarray(rows.reshape(old.shape).astype(old.dtype))
 
@@ -75,6 +95,10 @@ class Layer:
         dilations = settings.get("dilations", [1] * rank)
         spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         pads = settings.get("pads", [0] * 2 * rank)
+        if self.turned:
+            more = settings.get("output_padding", [0] * rank)
+            array = _spread(array, strides, spans, pads, more)
+            strides, pads = [1] * rank, [0] * 2 * rank
         automatic = next((a.s for a in self.node.attribute if a.name == "auto_pad"), b"NOTSET")
         if automatic.startswith(b"SAME"):
             needed = [
@@ -92,19 +116,50 @@ class Layer:
         return np.moveaxis(windows[places], 1, 1 + rank)
 
 
-def find_layers(model: Any, weights: Mapping[str, Array], kept: Sequence[str] = ()) -> list[Layer]:
+def _turned(array: Array, groups: int) -> Array:
+    """(in, out per group, *kernel) as (out, in per group, *kernel) with the kernel turned round,
+    and the other way."""
+    parts = [one.swapaxes(0, 1) for one in np.split(array, groups)]
+    return np.flip(np.concatenate(parts), tuple(range(2, array.ndim)))
+
+
+def _spread(
+    array: Array, strides: Sequence[int], spans: Sequence[int], pads: Sequence[int],
+    more: Sequence[int],
+) -> Array:  # fmt: skip
+    """What a ConvTranspose is a convolution over: zeros between the values and around them."""
+    rank = len(strides)
+    sizes = [(n - 1) * stride + 1 for n, stride in zip(array.shape[2:], strides, strict=True)]
+    made = np.zeros((*array.shape[:2], *sizes), array.dtype)
+    places = [slice(None), slice(None), *(slice(None, None, stride) for stride in strides)]
+    made[tuple(places)] = array
+    around = [(span - 1 - low, span - 1 - high + extra) for span, low, high, extra in
+              zip(spans, pads[:rank], pads[rank:], more, strict=True)]  # fmt: skip
+    made = np.pad(made, [(0, 0), (0, 0), *((max(a, 0), max(b, 0)) for a, b in around)])
+    cut = [slice(max(-a, 0), n - max(-b, 0))
+           for (a, b), n in zip(around, made.shape[2:], strict=True)]  # fmt: skip
+    found: Array = made[(slice(None), slice(None), *cut)]
+    return found
+
+
+def find_layers(
+    model: Any, weights: Mapping[str, Array], kept: Sequence[str] = (),
+    kinds: Sequence[str] = ("Conv", "Gemm", "MatMul"),
+) -> list[Layer]:  # fmt: skip
     """In the model's order, without those whose node's name or first output is in `kept`."""
     readers = readers_of(model)
     own = {name for name in weights if len(readers.get(name, [])) == 1}
     own -= {one.name for one in model.graph.output}
     found = []
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain in ("com.microsoft",):
+        if node.op_type not in kinds or node.domain in ("com.microsoft",):
             continue
         if node.name in kept or node.output[0] in kept or node.input[1] not in own:
             continue
         array = weights[node.input[1]]
-        if array.dtype != np.float32 or (array.ndim != 2 and node.op_type != "Conv"):
+        if array.dtype != np.float32 or (array.ndim != 2 and "Conv" not in node.op_type):
+            continue
+        if node.op_type == "ConvTranspose" and _sized_by_output(node):
             continue
         if any(number(node, key, value) != value for key, value in _PLAIN.items()):
             continue
@@ -115,6 +170,13 @@ def find_layers(model: Any, weights: Mapping[str, Array], kept: Sequence[str] = 
         _find_bias(layer, weights, readers, own)
         found.append(layer)
     return found
+
+
+def _sized_by_output(node: Any) -> bool:
+    return any(
+        one.name == "output_shape" or (one.name == "auto_pad" and one.s.startswith(b"SAME"))
+        for one in node.attribute
+    )
 
 
 _PLAIN = {"transA": 0, "alpha": 1.0, "beta": 1.0}

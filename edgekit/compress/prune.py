@@ -75,6 +75,18 @@ class Pruning:
         )
 
     @property
+    def learns(self) -> str:
+        """In words, what it is that needs data."""
+        if self.method == "channels":
+            return f"channels by {self.importance}" + (" with a refit" if self.refit else "")
+        return f"{self.method} with a refit"
+
+    @property
+    def blind(self) -> str:
+        """The options with which it needs none."""
+        return "--importance l1 --no-refit" if self.method == "channels" else "--no-refit"
+
+    @property
     def id(self) -> str:
         """channels-50%, magnitude-60%, n-m-2:4."""
         if self.method == "n-m":
@@ -103,7 +115,7 @@ def prune(
     versions = tool_versions(("onnx", "onnxruntime"))
     importance = pruning.importance if pruning.method == "channels" else ""
     common = {
-        "recipe": 5, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
+        "recipe": 6, "source": artifact.sha256, "data": [data.sha256, indices.tolist()],
         "tools": versions, "importance": importance,
     }  # fmt: skip
 

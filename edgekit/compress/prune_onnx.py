@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.compress.calibration import CalibrationSamples
-from edgekit.compress.layers_onnx import Array, Layer, find_layers, store_weights
+from edgekit.compress.layers_onnx import PRODUCTS, Array, Layer, find_layers, store_weights
 from edgekit.compress.prepare_onnx import prepare_onnx, save_onnx
 from edgekit.compress.prune_axes import Classes, Product
 from edgekit.compress.prune_channels import analyse, macs_of, remove, verify, weights_of
@@ -79,7 +79,7 @@ def measure_onnx(
 
 
 def _layers(model: Any, weights: dict[str, Array]) -> list[Layer]:
-    found = find_layers(model, weights)
+    found = find_layers(model, weights, kinds=PRODUCTS)
     return [one for one in found if one.rows(weights).shape[1] <= MOST_TERMS]
 
 
@@ -145,7 +145,9 @@ def _zeros(
     weights = weights_of(made)
     layers = _layers(made, weights)
     if not layers:
-        raise ModelError("nothing can be pruned: no Conv, Gemm or MatMul has weights of its own")
+        raise ModelError(
+            "nothing can be pruned: no Conv, ConvTranspose, Gemm or MatMul has weights of its own"
+        )
     before = dict(weights)
     every = sum(layer.rows(weights).size for layer in layers)
     # Sums of a few terms (depthwise) hold few weights, and no sparse kernel is for them.
@@ -202,8 +204,9 @@ def _channels(  # noqa: PLR0917
     )
     if not gone.any():
         raise ModelError(
-            f"no channel can be removed for {spec['amount']:g} of the whole: what layers other "
-            f"than ConvTranspose read is as small as it may be (multiples of {spec['multiple']})"
+            f"no channel can be removed for {spec['amount']:g} of the whole: every layer is as "
+            f"small as it may be (multiples of {spec['multiple']}), or nothing is known of what "
+            "reads it"
         )
     off = verify(model, classes, gone, sample)
     fitted = 0

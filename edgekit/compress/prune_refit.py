@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.compress.layers_onnx import Array, Layer, Tap, find_layers, store_weights
+from edgekit.compress.layers_onnx import PRODUCTS, Array, Layer, Tap, find_layers, store_weights
 from edgekit.compress.prune_axes import Classes
 from edgekit.compress.prune_channels import weights_of
 from edgekit.compress.prune_moments import Moments, input_moments, outputs_at, up_to
@@ -82,10 +82,12 @@ def refit(  # noqa: PLR0917
     activations each gives what it gave in `model` on the model's. Returns how many were."""
     weights = weights_of(smaller)
     before = dict(weights)
-    originals = {one.weight: one for one in find_layers(model, classes.trace.weights)}
+    originals = {
+        one.weight: one for one in find_layers(model, classes.trace.weights, kinds=PRODUCTS)
+    }
     products = {one.weight: one for one in classes.trace.products if one.weight}
     todo = [
-        one for one in find_layers(smaller, weights)
+        one for one in find_layers(smaller, weights, kinds=PRODUCTS)
         if one.weight in originals and one.weight in products
         and one.rows(weights).shape[1] <= MOST_TERMS
     ]  # fmt: skip

@@ -125,7 +125,7 @@ def curves(groups: list[Group], readers: Sequence[Reader], *, compensated: bool)
     no reader here reads costs infinitely much, and so stays."""
     for group in groups:
         own = [one for one in readers if np.isin(one.classes, group.order).any()]
-        if not own:  # only by ConvTranspose, say: what they are worth is not known
+        if not own:  # what they are worth is not known
             group.costs = np.full(len(group.order), np.inf)
             continue
         states = [_State(one, compensated=compensated) for one in own]

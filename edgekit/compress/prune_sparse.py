@@ -181,5 +181,6 @@ def columns_first(layer: Layer, weights: Mapping[str, Array]) -> NDArray[np.int6
     order = np.arange(terms, dtype=np.int64)
     if not layer.is_conv:
         return order
-    channels = weights[layer.weight].shape[1]
+    shape = weights[layer.weight].shape
+    channels = shape[0] // layer.group if layer.turned else shape[1]
     return order.reshape(channels, -1).T.reshape(-1)

@@ -1,36 +1,50 @@
 """Reads bundles: a canonical ZIP whose every byte is accounted for before an engine sees any.
 
-A bundle is the ZIP that `zipfile` writes for stored entries with fixed dates and no extras,
-`manifest.json` first. The reader rebuilds the archive's headers from the directory and compares
-them with the file, so there is exactly one byte sequence per content: no gap to hide data in, no
-two readings of one archive, and a flipped byte anywhere is found.
+A bundle is the ZIP that `zipfile` writes for entries with fixed dates and no extras, stored but for
+what the manifest says is deflated, `manifest.json` first. The reader rebuilds the archive's headers
+from the directory and compares them with the file, so there is exactly one byte sequence per
+content: no gap to hide data in, no two readings of one archive, and a flipped byte anywhere is
+found. Of what is deflated both are hashed: the bytes in the archive, and what comes out of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import struct
 import sys
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
 
 from .errors import BundleError, one_line
 from .manifest import FileEntry, Manifest
 
-__all__ = ["MANIFEST", "MAX_BUNDLE_BYTES", "Bundle", "archive_entry", "is_bundle", "safe_path"]
+__all__ = [
+    "MANIFEST",
+    "MAX_BUNDLE_BYTES",
+    "MAX_INFLATION",
+    "Bundle",
+    "archive_entry",
+    "is_bundle",
+    "safe_path",
+]
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_BUNDLE_BYTES = (4 << 30) - (1 << 20)  # ZIP without the 64-bit extension
+#: how many times larger than in the archive a deflated file may be (DEFLATE could do 1032)
+MAX_INFLATION = 64
 MAX_ENTRIES = 4096
 _MAX_PATH = 255
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s4B4H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
+_DEFLATED = 8
+_CHUNK = 1 << 20
 _DOS_DATE = 0x21  # 1980-01-01, the zero of DOS dates
 _MODE = 0o100644 << 16  # a plain file, rw-r--r--
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-")
@@ -44,14 +58,16 @@ def safe_path(path: str) -> bool:
     )
 
 
-def archive_entry(path: str, size_bytes: int) -> Any:
-    """The canonical directory entry for a stored file: what a writer gives to `zipfile`."""
+def archive_entry(path: str, size_bytes: int, *, deflated: bool = False) -> Any:
+    """The canonical directory entry for a file: what a writer gives to `zipfile`."""
     import zipfile
 
     entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
     entry.create_system = 3
     entry.external_attr = _MODE
     entry.file_size = size_bytes
+    if deflated:
+        entry.compress_type = zipfile.ZIP_DEFLATED
     return entry
 
 
@@ -75,6 +91,8 @@ class _Entry(NamedTuple):
     """A file in the archive's directory."""
 
     path: str
+    method: int
+    stored: int
     size: int
     crc32: int
     offset: int
@@ -97,11 +115,9 @@ def _entries(directory: bytes, count: int) -> List[_Entry]:
             raise BundleError(f"refused the path {name[:80]!r}: not a plain relative path")
         if (fields[-2] >> 16) & 0o170000 == 0o120000:
             raise BundleError(f"{name} is a link; only plain files are allowed")
-        if method != 0 or stored != size:
-            raise BundleError(f"{name} is compressed; bundles store files as is")
         if extra:
             raise BundleError(f"the archive is not canonical at {name!r}")
-        found.append(_Entry(name, size, crc, fields[-1]))
+        found.append(_Entry(name, method, stored, size, crc, fields[-1]))
     return found
 
 
@@ -142,11 +158,11 @@ class Bundle:
         entry = next((e for e in self.manifest.files if e.path == path), None)
         if entry is None:
             raise BundleError(f"{self.path}: no file {path!r} in this bundle")
-        data = self._stored(path, entry.size_bytes)
+        data = b"".join(self._content(entry, entry.size_bytes))
         if verify:
             digest = self._sha256()
             digest.update(data)
-            self._compare(entry, digest.hexdigest())
+            self._compare(entry, digest.hexdigest(), entry.sha256)
         return data
 
     def verify(self, keep: Tuple[str, ...] = ()) -> Dict[str, bytes]:
@@ -160,7 +176,7 @@ class Bundle:
             if entry.path in keep:
                 kept[entry.path] = self.read(entry.path)
             else:
-                self._compare(entry, self._stream_hash(entry))
+                self._compare(entry, self._stream_hash(entry), entry.sha256)
         return kept
 
     def close(self) -> None:
@@ -178,11 +194,11 @@ class Bundle:
     ) -> None:
         self.close()
 
-    def _compare(self, entry: FileEntry, found: str) -> None:
-        if found != entry.sha256:
+    def _compare(self, entry: FileEntry, found: str, wanted: str) -> None:
+        if found != wanted:
             raise BundleError(
                 f"{self.path}: {entry.path} is damaged: SHA-256 {found[:12]}..., "
-                f"the manifest says {entry.sha256[:12]}...; copy the bundle again"
+                f"the manifest says {wanted[:12]}...; copy the bundle again"
             )
 
     def _read_directory(self) -> Dict[str, _Entry]:
@@ -216,7 +232,8 @@ class Bundle:
         offset, directory = 0, b""
         for entry in entries:
             name = entry.path.encode("ascii")
-            times = (0, 0, 0, _DOS_DATE, entry.crc32, entry.size, entry.size, len(name), 0)
+            sizes = (entry.stored, entry.size)
+            times = (0, entry.method, 0, _DOS_DATE, entry.crc32, *sizes, len(name), 0)
             local = _LOCAL.pack(b"PK\x03\x04", 20, *times) + name
             self._file.seek(offset)
             if entry.offset != offset or self._file.read(len(local)) != local:
@@ -224,7 +241,7 @@ class Bundle:
             directory += _CENTRAL.pack(
                 b"PK\x01\x02", 20, 3, 20, 0, *times, 0, 0, 0, _MODE, offset
             ) + name  # fmt: skip
-            offset += len(local) + entry.size
+            offset += len(local) + entry.stored
             if offset > start:
                 raise BundleError(f"{entry.path} is said to be larger than the whole bundle")
         count = len(entries)
@@ -237,9 +254,9 @@ class Bundle:
         entry = self._entries.get(MANIFEST)
         if entry is None:
             raise BundleError(f"no {MANIFEST}: not an EdgeKit bundle")
-        if entry.size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{MANIFEST} has {entry.size} bytes, at most 4 MiB are allowed")
-        data = self._stored(MANIFEST, entry.size)
+        if entry.stored > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST} has {entry.stored} bytes, at most 4 MiB are allowed")
+        data = b"".join(self._raw(MANIFEST))
         if zlib.crc32(data) != entry.crc32:
             raise BundleError(f"{MANIFEST} is damaged: its checksum differs")
         return data
@@ -248,6 +265,13 @@ class Bundle:
         declared = {e.path: e for e in self.manifest.files}
         if len(declared) != len(self.manifest.files):
             raise BundleError("the manifest lists a file twice")
+        for path, one in self._entries.items():
+            packed = declared[path].deflated if path in declared else None
+            wanted = (_DEFLATED, packed.size_bytes) if packed else (0, one.size)
+            if (one.method, one.stored) != wanted:
+                raise BundleError(f"{path} is compressed other than the manifest says")
+            if one.size > MAX_INFLATION * one.stored:
+                raise BundleError(f"{path} would be over {MAX_INFLATION} times larger, inflated")
         found = set(self._entries) - {MANIFEST}
         if found != set(declared):
             odd = sorted(found ^ set(declared))[0]
@@ -262,25 +286,42 @@ class Bundle:
             if entry.crc32 != self._entries[path].crc32:  # of the archive; hashing is `verify`'s
                 raise BundleError(f"{path} has another CRC-32 in the archive than in the manifest")
 
-    def _seek(self, path: str) -> None:
+    def _raw(self, path: str, most: int = _CHUNK) -> Iterator[bytes]:
+        """What lies in the archive, in pieces."""
+        left = self._entries[path].stored
         self._file.seek(self._entries[path].offset + _LOCAL.size + len(path))
+        while left:
+            chunk = self._file.read(min(left, most))
+            if not chunk:
+                raise BundleError(f"{self.path}: the file ends inside {path}")
+            yield chunk
+            left -= len(chunk)
 
-    def _stored(self, path: str, size_bytes: int) -> bytes:
-        self._seek(path)
-        data = self._file.read(size_bytes)
-        if len(data) != size_bytes:
-            raise BundleError(f"{self.path}: the file ends inside {path}")
-        return data
+    def _content(self, entry: FileEntry, most: int = _CHUNK) -> Iterator[bytes]:
+        """What is in a file, in pieces (of `most` if stored); inflated, little over what is
+        declared at most."""
+        if entry.deflated is None:
+            yield from self._raw(entry.path, most)
+            return
+        digest, inflater, left = self._sha256(), zlib.decompressobj(-15), entry.size_bytes
+        try:
+            for chunk in itertools.chain(self._raw(entry.path), (b"",)):
+                digest.update(chunk)
+                rest: Optional[bytes] = chunk
+                while rest is not None and left >= 0:
+                    piece = inflater.decompress(rest, _CHUNK)
+                    rest, left = inflater.unconsumed_tail or None, left - len(piece)
+                    yield piece
+        except zlib.error:
+            left = -1
+        if left or not inflater.eof or inflater.unused_data:
+            raise BundleError(f"{self.path}: {entry.path} is damaged: it inflates to other sizes")
+        self._compare(entry, digest.hexdigest(), entry.deflated.sha256)
 
     def _stream_hash(self, entry: FileEntry) -> str:
-        digest, left = self._sha256(), entry.size_bytes
-        self._seek(entry.path)
-        while left:
-            chunk = self._file.read(min(left, 1 << 20))
-            if not chunk:
-                raise BundleError(f"{self.path}: the file ends inside {entry.path}")
-            digest.update(chunk)
-            left -= len(chunk)
+        digest = self._sha256()
+        for piece in self._content(entry):
+            digest.update(piece)
         return str(digest.hexdigest())
 
     def _sha256(self) -> Any:

@@ -29,6 +29,7 @@ from .errors import BundleError, one_line
 
 __all__ = [
     "SCHEMA",
+    "Deflated",
     "FileEntry",
     "Golden",
     "InputSteps",
@@ -90,13 +91,23 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Deflated:
+    """A file as it lies in the archive where it is compressed: raw DEFLATE (RFC 1951)."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class FileEntry:
-    """One file of the bundle: its path in the archive, its hashes and its size."""
+    """One file of the bundle: its path in the archive, its hashes and its size; `deflated` says
+    what lies there if it is compressed."""
 
     path: str
     sha256: str
     size_bytes: int
     crc32: int
+    deflated: Optional[Deflated] = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from edgekit import sandbox
 from edgekit.artifact import open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache
-from edgekit.compress.layers_onnx import find_layers
+from edgekit.compress.layers_onnx import PRODUCTS, find_layers
 from edgekit.compress.prune import Pruning
 from edgekit.compress.prune_axes import Classes
 from edgekit.compress.prune_channels import analyse, remove, weights_of
@@ -200,6 +200,65 @@ def test_multiples_and_even_shares() -> None:
             for n, g in zip(left, groups, strict=True)
         )
         assert gone.any()
+
+
+@pytest.mark.parametrize(
+    ("group", "more"),
+    [
+        (1, {"strides": [2, 2]}),
+        (1, {"strides": [2, 3], "pads": [1, 0, 2, 1], "output_padding": [1, 2]}),
+        (2, {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        (4, {"dilations": [2, 1], "strides": [1, 2]}),
+        (1, {"pads": [3, 3, 3, 3]}),  # more than the kernel reaches
+    ],
+)
+def test_transposed_convolutions_are_sums_over_patches(group, more) -> None:
+    rng = np.random.default_rng(3)
+    weights = {"w": rng.normal(size=(4, 6, 3, 2)).astype("f"),
+               "b": rng.normal(size=6 * group).astype("f")}  # fmt: skip
+    node = helper.make_node("ConvTranspose", ["x", "w", "b"], ["y"], "up", group=group, **more)
+    graph = helper.make_graph(
+        [node], "up", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 7, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(v, n) for n, v in weights.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = rng.normal(size=(2, 4, 7, 8)).astype("f")
+    wanted = np.moveaxis(answers(model, [{"x": x}]), 1, -1).reshape(-1, 6 * group)
+    (layer,) = find_layers(model, weights, kinds=["ConvTranspose"])
+    assert find_layers(model, weights) == []
+    # Positions are drawn from as many as there are, so all of them come in the drawn order.
+    order = np.random.default_rng(7).permutation(len(wanted))
+    parts = layer.patches(x, weights, np.random.default_rng(7), len(wanted))
+    rows = layer.rows(weights).reshape(group, -1, parts.shape[2])
+    found = np.concatenate([p @ r.T for p, r in zip(parts, rows, strict=True)], axis=1)
+    np.testing.assert_allclose(found + weights["b"], wanted[order], atol=1e-4)
+    again = dict(weights)
+    layer.put(again, layer.rows(weights))
+    np.testing.assert_array_equal(again["w"], weights["w"])
+
+
+def test_channels_that_only_a_transposed_convolution_reads_go_without_loss() -> None:
+    model, given = redundant(), samples()
+    node = model.graph.node[1]
+    node.op_type = "ConvTranspose"
+    node.attribute.append(helper.make_attribute("strides", [2, 2]))
+    kernel = np.random.default_rng(8).normal(size=(8, 6, 3, 3)).astype("f")
+    model.graph.initializer[2].CopyFrom(numpy_helper.from_array(kernel, "w2"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
+    weights = weights_of(model)
+    layers = find_layers(model, weights, kinds=PRODUCTS)
+    moments = input_moments(model, layers, weights, given)
+    classes = analyse(model, given[0])
+    groups = groups_of(classes)
+    curves(groups, readers_in(classes, layers, weights, moments), compensated=True)
+    gone = choose(classes, groups, 0.49)
+    assert int(gone.sum()) == 4
+    exact = answers(model, given)
+    made = remove(model, classes, gone)
+    assert np.abs(answers(made, given) - exact).max() > 0.5
+    refit(model, made, classes, gone, lambda: iter(given))
+    assert np.abs(answers(made, given) - exact).max() < 0.05 * np.abs(exact).max()
 
 
 # --- the job --------------------------------------------------------------------------------------

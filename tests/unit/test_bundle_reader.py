@@ -8,6 +8,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from edgekit_runtime.bundle import (
     is_bundle,
     safe_path,
 )
+from edgekit_runtime.manifest import Deflated
 
 CONTENTS = {
     "a/in.npz": b"in" * 20,
@@ -313,8 +315,8 @@ def _attributes(value: int) -> Callable[[zipfile.ZipInfo], None]:
         (_attributes(0o020644 << 16), "canonical"),  # a device
         (_attributes(0o104644 << 16), "canonical"),  # set-user-id
         (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_DEFLATED), "is compressed"),
-        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_BZIP2), "is compressed"),
-        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_LZMA), "is compressed"),
+        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_BZIP2), "canonical"),
+        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_LZMA), "canonical"),
         (lambda entry: setattr(entry, "date_time", (2026, 1, 1, 0, 0, 0)), "canonical"),
         (lambda entry: setattr(entry, "comment", b"hidden"), "canonical"),
         (lambda entry: setattr(entry, "extra", b"\x99\x99\x02\x00hi"), "canonical"),
@@ -470,6 +472,106 @@ def test_bombs_are_refused_unopened(refused: Callable[..., str]) -> None:
     small = data.replace(struct.pack("<L", len(bomb)), struct.pack("<L", 40))  # declared small
     assert small != data
     assert "is compressed" in refused(small)
+
+
+# --- deflated files -------------------------------------------------------------------------------
+
+SPARSE = {**CONTENTS, "a/model.onnx": bytes(range(64)) + bytes(700) + b"end" * 40}
+
+
+def test_what_the_manifest_says_is_deflated_is_inflated(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.edgekit"
+    path.write_bytes(bundles.deflated_bundle(SPARSE, "a/model.onnx"))
+    with Bundle(path) as bundle:
+        assert {name: bundle.read(name) for name in SPARSE} == SPARSE
+        assert bundle.read("a/model.onnx", verify=False) == SPARSE["a/model.onnx"]
+        assert bundle.verify(keep=("a/model.onnx",)) == {"a/model.onnx": SPARSE["a/model.onnx"]}
+        (entry,) = [one for one in bundle.manifest.files if one.deflated]
+        assert entry.deflated.size_bytes < entry.size_bytes / 4
+    with zipfile.ZipFile(path) as archive:  # any unzip opens it
+        assert archive.testzip() is None
+        assert archive.read("a/model.onnx") == SPARSE["a/model.onnx"]
+
+
+def test_flipped_bits_of_a_deflated_file_are_found(tmp_path: Path) -> None:
+    """Among them those that inflate to the same: what fills the last byte up."""
+    data = bundles.deflated_bundle(SPARSE, "a/model.onnx")
+    packed = bundles.raw_deflate(SPARSE["a/model.onnx"])
+    start, path = data.index(packed), tmp_path / "flipped.edgekit"
+    for bit in (*range(0, 8 * len(packed), 7), *range(8 * len(packed) - 16, 8 * len(packed))):
+        made = bytearray(data)
+        made[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(made)
+        assert "is damaged" in _refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ({"size_bytes": 3}, "is compressed other than"),
+        ({"sha256": "0" * 64}, "is damaged: SHA-256"),
+    ],
+)
+def test_deflated_files_are_what_the_manifest_says(
+    refused: Callable[..., str], declared: dict[str, Any], says: str
+) -> None:
+    assert says in refused(bundles.deflated_bundle(SPARSE, "a/model.onnx", **declared))
+
+
+def test_stored_files_are_not_said_to_be_deflated(refused: Callable[..., str]) -> None:
+    data, name = SPARSE["a/model.onnx"], "a/model.onnx"
+    deflated = Deflated(len(data), "0" * 64)
+    files = tuple(
+        replace(one, deflated=deflated) if one.path == name else one
+        for one in bundles.listed(SPARSE)
+    )
+    made = bundles.bundle(bundles.make_manifest(SPARSE, files=files), SPARSE)
+    assert "is compressed other than" in refused(made)
+
+
+@pytest.mark.parametrize("kind", ["more", "less", "behind", "cut"])
+def test_streams_that_inflate_to_something_else_are_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The archive and the manifest agree on sizes and hashes; the stream is another one."""
+    data, name = SPARSE["a/model.onnx"], "a/model.onnx"
+    stream = {
+        "more": bundles.raw_deflate(data + bytes(5 << 20)),
+        "less": bundles.raw_deflate(data[:-1]),
+        "behind": bundles.raw_deflate(data) + b"hidden",
+        "cut": bundles.raw_deflate(data)[:-4],
+    }[kind]
+
+    class Packer:
+        def compress(self, data: bytes) -> bytes:
+            return b""
+
+        def flush(self) -> bytes:
+            return stream
+
+    monkeypatch.setattr(zipfile, "_get_compressor", lambda kind, *_: Packer() if kind else None)
+    monkeypatch.setattr(bundles, "raw_deflate", lambda _: stream)
+    assert "it inflates to other sizes" in refused(bundles.deflated_bundle(SPARSE, name))
+
+
+def test_declared_bombs_are_refused_unopened(refused: Callable[..., str]) -> None:
+    bomb = {**SPARSE, "a/model.onnx": bytes(1 << 20)}
+    assert "times larger, inflated" in refused(bundles.deflated_bundle(bomb, "a/model.onnx"))
+
+
+def test_compressed_manifests_are_refused(refused: Callable[..., str]) -> None:
+    def written(text: bytes) -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as archive:
+            for path, data in [(MANIFEST, text), *ENTRIES[1:]]:
+                entry = archive_entry(path, len(data), deflated=path == MANIFEST)
+                archive.writestr(entry, data, compresslevel=0 if len(text) > 9999 else 6)
+        return out.getvalue()
+
+    assert "is damaged" in refused(written(TEXT))
+    large = written(bytes(5 << 20))  # level 0: as many bytes as it says, and some more
+    assert "at most 4 MiB" in refused(large)
+    assert "at most 4 MiB" in refused(large.replace(struct.pack("<L", 5 << 20), b"\1\0\0\0"))
 
 
 def test_a_bundle_in_a_bundle_is_not_opened(refused: Callable[..., str]) -> None:

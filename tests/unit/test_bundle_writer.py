@@ -94,3 +94,33 @@ def test_golden_inputs_have_the_shape_and_range_of_real_data(tmp_path) -> None:
     np.testing.assert_allclose(scores[0], cnn_scores(images[0]), rtol=1e-3, atol=1e-3)
     with load(tmp_path / "m.edgekit") as session:
         assert session.bind().inputs["image"].shape == (3, 1, 12, 12)
+
+
+def test_sparse_weights_are_stored_compressed_and_dense_ones_as_they_are(tmp_path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    rng = np.random.default_rng(0)
+    sizes = {}
+    for kind in ("dense", "sparse"):
+        model = onnx.load(small_cnn(tmp_path / "cnn.onnx"))
+        for one in model.graph.initializer:
+            array = numpy_helper.to_array(one)
+            if array.ndim == 4:
+                wide = rng.normal(size=array.shape).astype(np.float32)
+                one.CopyFrom(numpy_helper.from_array(wide, one.name))
+        extra = rng.normal(size=(64, 64)).astype(np.float32)
+        if kind == "sparse":
+            extra[rng.random(extra.shape) < 0.6] = 0
+        model.graph.initializer.append(numpy_helper.from_array(extra, "more"))
+        model.graph.node.append(onnx.helper.make_node("Identity", ["more"], ["unused"]))
+        onnx.save(model, tmp_path / f"{kind}.onnx")
+        artifact = open_model(tmp_path / f"{kind}.onnx")
+        manifest = write(tmp_path, artifact, artifact.inputs, artifact.outputs)
+        (entry,) = [one for one in manifest.files if one.path.endswith(".onnx")]
+        sizes[kind] = (tmp_path / "m.edgekit").stat().st_size
+        assert (entry.deflated is not None) == (kind == "sparse")
+        with Bundle(tmp_path / "m.edgekit") as bundle:
+            assert bundle.read(entry.path) == artifact.path.read_bytes()
+        assert all(result.ok for result in check(tmp_path / "m.edgekit"))
+    assert sizes["sparse"] < 0.65 * sizes["dense"]

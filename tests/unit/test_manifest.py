@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edgekit_runtime import BundleError, Manifest, TensorSpec
 from edgekit_runtime.manifest import (
+    Deflated,
     FileEntry,
     Golden,
     InputSteps,
@@ -52,6 +53,10 @@ FULL = bundles.make_manifest(
     provenance={"tools": {"onnx": "1.19"}, "commands": ["edgekit optimize\n"]},
     signature="none yet",
 )
+FULL = dataclasses.replace(
+    FULL, files=(dataclasses.replace(FULL.files[0], deflated=Deflated(7, "0" * 64)),
+                 *FULL.files[1:]),
+)  # fmt: skip
 RAW: dict[str, Any] = json.loads(FULL.to_json())
 
 Path = tuple[str | int, ...]
@@ -202,6 +207,7 @@ def _kind(value: Any) -> str:
 _KINDS = {
     "labels": {"null", "list"},
     "variants.#.memory_bytes": {"null", "int"},
+    "files.#.deflated": {"null", "object"},
     "signature": {"null", "text"},
     "inputs.#.layout": {"null", "text"},
     "inputs.#.range": {"null", "list"},
@@ -233,7 +239,8 @@ CASES = [
 def test_every_field_of_every_class_is_among_the_cases() -> None:
     reached = {key for path, _ in CASES for key in path if isinstance(key, str)}
     for kind in (
-        Manifest, Variant, Golden, Tolerance, FileEntry, TensorSpec, StatePair, InputSteps,
+        Manifest, Variant, Golden, Tolerance, FileEntry, Deflated, TensorSpec, StatePair,
+        InputSteps,
     ):  # fmt: skip
         assert {field.name for field in dataclasses.fields(kind)} <= reached
     assert len(CASES) > 500
@@ -282,6 +289,7 @@ def test_missing_keys_are_refused_by_name() -> None:
         "on_misplacement",
         "machines",
         "memory_bytes",
+        "deflated",
     }
     tried = 0
     for path, value in _objects():
