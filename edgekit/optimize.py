@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 
 from edgekit import sandbox
-from edgekit.artifact import TensorSpec
-from edgekit.bundle import VariantSource, latency_limits, write_bundle
 from edgekit.cache import Cache, write_atomically
 from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
 from edgekit.control import AccuracyControl, SearchEndedError
@@ -37,12 +35,13 @@ from edgekit.experience import Experience, Outcome, operator_counts
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
+from edgekit.measure.site import HERE
 from edgekit.observer import Diary, Observer
+from edgekit.on_device import bundle_of, differs_there
 from edgekit.outcome import Row, result_document
 from edgekit.plan import Candidate
 from edgekit.preparation import Request, prepare
 from edgekit.repairs import Repairs, forbidden
-from edgekit_runtime import __version__
 
 __all__ = ["Request", "optimize"]
 
@@ -246,7 +245,7 @@ class _Run:
         taken = measure(
             contenders, rows[0].candidate.id, inputs=self._measuring_inputs(),
             rounds=Rounds(least=3, most=3, block_s=0.02), cancel=self.cancel,
-            deadline=self._deadline(_REPAIR_SHARE), seed=self.request.seed,
+            deadline=self._deadline(_REPAIR_SHARE), seed=self.request.seed, site=self.request.site,
         )  # fmt: skip
         base = taken[rows[0].candidate.id].medians_ns
         for row in rows:
@@ -297,6 +296,7 @@ class _Run:
             cancel=self.cancel,
             progress=lambda done, total: self.observer.progress("measuring", done, total),
             seed=self.request.seed,
+            site=self.request.site,
         )
         if self.cancel.is_set():
             self.incomplete.append("measuring was stopped by the user")
@@ -315,9 +315,13 @@ class _Run:
         job = self.job
         if job.fit is None or job.conditions["arch"] != job.profile.arch:
             return
+        if self.request.site.simulated:  # a roof is of hardware
+            return
         engines = {row.candidate.engine for row in rows if row.measurement}
         self.roofline = job.profile.roofline
         with suppress(EdgeKitError):
+            if self.request.site is not HERE and self.roofline is None:
+                return
             self.roofline = self.roofline or roofline_here(
                 sorted(engines), job.threads, job.conditions, self.cache,
                 lambda done, total: self.observer.progress("measuring the roof", done, total),
@@ -369,6 +373,11 @@ class _Run:
             chosen, tries = by_id[key], tries + 1
             if self.incomplete and "user" in self.incomplete[0]:
                 break  # not confirmed, and said so
+            other = self._differs_there(chosen)
+            if other is not None:
+                chosen.end("dropped", other)
+                chosen = rows[0] if eligible else None
+                continue
             confirmation = self._confirm(chosen, tries)
             if confirmation is None or confirmation["reason"] is None:
                 break
@@ -396,6 +405,13 @@ class _Run:
                 f"{budget}: no bundle was made"
             )
         return chosen, confirmation
+
+    def _differs_there(self, row: Row) -> str | None:
+        """Why the device does not answer as this machine does, if it does not."""
+        if self.request.site is HERE:
+            return None
+        self._write_bundle(row, [], self.work / "finalist.edgekit")
+        return differs_there(self.request.site, self.work / "finalist.edgekit", self.job.threads)
 
     def _second_chance(self, failed: list[Row], rows: list[Row]) -> bool:
         """Repair what was good on the samples that select and not on the others, to half the loss
@@ -501,53 +517,10 @@ class _Run:
             if row.evaluation and not (row.candidate.scheme.keep or row.candidate.pruning)
         )  # fmt: skip
 
-    def _write_bundle(self, chosen: Row, incomplete: list[str]) -> None:
-        assert chosen.artifact is not None  # noqa: S101  (only built ones are chosen)
-        assert chosen.measurement is not None  # noqa: S101
-        request, placement = self.request, chosen.measurement.placement
-        latency = chosen.measurement.latency()
-        write_bundle(
-            request.out / "model.edgekit",
-            (
-                VariantSource(
-                    chosen.candidate.id, chosen.candidate.engine, chosen.artifact,
-                    str(chosen.candidate.scheme), self.job.threads, placement["precision"],
-                    placement["shares"],
-                    {
-                        "latency_ns": latency,
-                        **latency_limits(latency or {}, self.job.conditions),
-                        "metric": {self.job.metric: chosen.evaluation["metric"]},
-                        "conditions": self.job.conditions,
-                    },
-                    chosen.measurement.peak_rss_bytes or None,
-                ),
-            ),
-            name=request.model.stem,
-            inputs=self._with_facts(chosen),
-            outputs=chosen.artifact.outputs if chosen.candidate.fixed_shapes
-            else self.job.source.outputs,
-            pipeline=self.job.pipeline,
-            profile=self.job.profile.id,
-            provenance={
-                "edgekit": __version__,
-                "command": request.command,
-                "model_sha256": self.job.source.sha256,
-                "data_sha256": self.job.data.sha256,
-                "steps": list(chosen.artifact.provenance),
-                "incomplete": incomplete,
-            },
-            work=self.work,
-        )  # fmt: skip
-
-    def _with_facts(self, chosen: Row) -> tuple[TensorSpec, ...]:
-        sample = self.job.data.sample(int(self.job.split.selection[0]), self.job.source.inputs)
-        fixed, ranges = chosen.candidate.fixed_shapes, self.job.data.ranges
-        return tuple(
-            replace(
-                s, range=ranges.get(s.name), example=sample[s.name].shape,
-                shape=sample[s.name].shape if fixed else s.shape,
-            )
-            for s in self.job.source.inputs
+    def _write_bundle(self, chosen: Row, incomplete: list[str], path: Path | None = None) -> None:
+        bundle_of(
+            self.job, self.request, chosen, path or self.request.out / "model.edgekit",
+            incomplete=incomplete, work=self.work,
         )  # fmt: skip
 
     # --- small things ---------------------------------------------------------------------------

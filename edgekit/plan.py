@@ -18,6 +18,7 @@ from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
 __all__ = [
     "Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling", "with_pruned",
+    "without_bf16",
 ]  # fmt: skip
 
 #: kinds of schemes in the order they are tried
@@ -130,6 +131,17 @@ def make_plan(
     elif first.ruling:
         found[0] = replace(first, skip=fault, reference_only=True)
     return tuple(found)
+
+
+def without_bf16(plan: tuple[Candidate, ...], device: DeviceProfile) -> tuple[Candidate, ...]:
+    """The plan, without what needs instructions that the device in reach lacks."""
+    if _BF16 & set(device.cpu.features or ()):
+        return plan
+    why = "the device has no bfloat16 instructions"
+    return tuple(
+        replace(one, skip=why) if one.scheme.kind == "bf16" and not one.skip else one
+        for one in plan
+    )
 
 
 def with_pruned(

@@ -30,9 +30,17 @@ from edgekit.facts import probe_engine
 from edgekit.fit import Fit, judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
+from edgekit.measure.site import HERE, Site
 from edgekit.observer import Diary, Observer
 from edgekit.pipeline import Pipeline, read_pipeline
-from edgekit.plan import Candidate, engine_rulings, make_plan, source_ruling, with_pruned
+from edgekit.plan import (
+    Candidate,
+    engine_rulings,
+    make_plan,
+    source_ruling,
+    with_pruned,
+    without_bf16,
+)
 from edgekit.precision import quantized_already
 from edgekit.profiles import load_profile
 from edgekit.reading import Reading
@@ -59,7 +67,7 @@ class Request:
     slice_by: str | None = None
     max_slice_drop: float | None = None
     minimize: Aim = "latency"
-    target: str = "local"
+    site: Site = HERE
     budget_s: float | None = None
     threads: int | None = None
     seed: int = 0
@@ -118,8 +126,6 @@ class _Preparation:
 
     def go(self) -> Job:
         request = self.request
-        if request.target != "local":
-            raise UsageError(f"the target {request.target!r} is not known; this version has: local")
         if not request.max_drop >= 0:
             raise UsageError(f"--max-drop is {request.max_drop}; wanted 0 or more")
         if request.max_slice_drop is not None and not (
@@ -130,6 +136,12 @@ class _Preparation:
                 "--slice-by the array of the data that says which slice a sample is of"
             )
         profile = load_profile(request.profile)
+        site = request.site
+        if site is not HERE and site.profile.arch != profile.arch:
+            raise UsageError(
+                f"{profile.id} is {profile.arch}, {site.name} is {site.profile.arch}; name the "
+                "profile of the device that --on reaches"
+            )
         threads = request.threads or profile.threads
         if not request.dry_run:
             _check_writable(request.out)
@@ -154,7 +166,8 @@ class _Preparation:
         plan = self._plan(came, source, profile, fit, threads)
         if request.prune:
             plan = with_pruned(plan, self._prunings(profile), source.format)
-        found = conditions()
+        here = conditions()
+        found = here if site is HERE else self._meet(site, plan)
         if found["arch"] != profile.arch:
             self.diary.note(
                 f"measured on this machine ({found['arch']}), not on {profile.name} "
@@ -176,7 +189,7 @@ class _Preparation:
             self.diary.note(f"{plan[0].id} is only what the others are compared with: {why}")
         self.diary.observer.plan(plan, profile)
         builder = Builder(
-            source, data, split, metric, found["isa"], self.cache, plan[0], came, request.slice_by
+            source, data, split, metric, here["isa"], self.cache, plan[0], came, request.slice_by
         )
         return Job(
             profile, threads, source, fit, pipeline, data, split, metric, plan, found, builder,
@@ -246,6 +259,7 @@ class _Preparation:
             wanted = [*profile.engines, ENGINE_OF_FORMAT[source.format]]
             engines = [name for name in dict.fromkeys(wanted) if name in ENGINES]
             faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
+        faults = {name: why or self.request.site.fault_of(name) for name, why in faults.items()}
         plan = make_plan(
             source.format, profile, threads=threads, engine_faults=faults,
             free_dimensions=has_free_dimensions(source),
@@ -254,6 +268,7 @@ class _Preparation:
             source_ruling=source_ruling(fit) if fit else None,
             source_quantized=quantized_already(fit.graph) if fit else None, came=came.format,
         )  # fmt: skip
+        plan = without_bf16(plan, self.request.site.profile) if self._there else plan
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")
         rulings = [c.ruling for c in plan if c.ruling is not None]
@@ -268,6 +283,26 @@ class _Preparation:
             rules = "; ".join(dict.fromkeys(map(str, rulings)))
             raise LimitError(f"nothing may run on {profile.id}: {rules}")
         return plan
+
+    @property
+    def _there(self) -> bool:
+        return self.request.site is not HERE
+
+    def _meet(self, site: Site, plan: tuple[Candidate, ...]) -> dict[str, Any]:
+        """Have the engines of the plan on the device; its conditions."""
+        if self.request.dry_run:
+            return {**conditions(), "arch": site.profile.arch, "cpu": site.profile.cpu.model,
+                    "cores": site.profile.cpu.cores}  # fmt: skip
+        with self.diary.phase("meet the device"):
+            site.need([one.engine for one in plan if not one.skip], self.diary.observer)
+            with site.session():
+                found = site.conditions()
+        if site.simulated:
+            self.diary.note(
+                f"latencies are {site.label}: {site.name} is emulated, and its ranking is that of "
+                "what its processor has to do, not of caches and clocks"
+            )
+        return found
 
     def _prunings(self, profile: DeviceProfile) -> list[Pruning]:
         bits = profile.cpu.simd_bits if profile.cpu else None

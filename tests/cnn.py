@@ -1,5 +1,6 @@
 """Small networks whose outputs numpy can compute."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -67,4 +68,47 @@ def cnn_data(path: Path, count: int = 240) -> Path:
     """
     images = np.random.default_rng(3).normal(0, 1, (count, 1, 12, 12)).astype(np.float32)
     np.savez(path, image=images, labels=cnn_scores(images).argmax(1))
+    return path
+
+
+def separable_cnn(path: Path, *, side: int = 32, channels: tuple[int, ...] = (16, 32, 64)) -> Path:
+    """A strided Conv 3x3, pairs of depthwise 3x3 and pointwise Convs, each with Relu, mean, Gemm:
+    image (1, 3, side, side) -> scores (1, 10)."""
+    rng = np.random.default_rng(0)
+    tensors: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+
+    def conv(x: str, cin: int, cout: int, kernel: int, stride: int, groups: int = 1) -> str:
+        number, pad = len(tensors), kernel // 2
+        shape = (cout, cin // groups, kernel, kernel)
+        weights = rng.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape).astype(np.float32)
+        tensors.append(numpy_helper.from_array(weights, f"w{number}"))
+        nodes.append(
+            helper.make_node(
+                "Conv", [x, f"w{number}"], [f"c{number}"], strides=[stride] * 2, pads=[pad] * 4,
+                group=groups,
+            )
+        )  # fmt: skip
+        nodes.append(helper.make_node("Relu", [f"c{number}"], [f"r{number}"]))
+        return f"r{number}"
+
+    x = conv("image", 3, channels[0], 3, 2)
+    for number, (cin, cout) in enumerate(itertools.pairwise(channels)):
+        x = conv(x, cin, cin, 3, 1 + number % 2, cin)
+        x = conv(x, cin, cout, 1, 1)
+    last = rng.normal(0, 0.3, (10, channels[-1])).astype(np.float32)
+    tensors.append(numpy_helper.from_array(last, "last"))
+    nodes += [
+        helper.make_node("GlobalAveragePool", [x], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "last"], ["scores"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes, "separable_cnn",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, side, side])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 10])], tensors,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
     return path

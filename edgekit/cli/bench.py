@@ -14,6 +14,7 @@ from edgekit.cli.compare import duration
 from edgekit.cli.console import (
     AnsweredError,
     TerminalObserver,
+    place_of,
     print_json,
     seconds,
     size,
@@ -21,6 +22,7 @@ from edgekit.cli.console import (
 )
 from edgekit.cli.contender import contender, engine_of, model_bytes, parts
 from edgekit.cli.source import SourceOptions
+from edgekit.cli.target import TargetOptions
 from edgekit.errors import (
     EdgeKitError,
     InterruptedRunError,
@@ -28,10 +30,11 @@ from edgekit.errors import (
     UsageError,
     one_line,
 )
-from edgekit.facts import this_machine
-from edgekit.measure.conditions import Moment, conditions, moment, wait_until_fit
+from edgekit.measure.conditions import Moment, wait_until_fit
 from edgekit.measure.phases import Bench, Phases, run_phases
+from edgekit.measure.site import Site
 from edgekit.measure.store import Store
+from edgekit.measure.target import open_site
 from edgekit.measure.worker import Contender
 from edgekit.observer import Observer
 
@@ -58,7 +61,7 @@ def bench(
     soak: str | None = None,
     throughput: Annotated[bool, Parameter(negative="")] = False,
     allow_unfit: Annotated[bool, Parameter(negative="")] = False,
-    on: str = "local",
+    target: TargetOptions | None = None,
     store: Path | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -92,8 +95,8 @@ def bench(
         Also inferences a second: streams x batch.
     allow_unfit
         Measure on a busy or throttled machine as well; the result says so.
-    on
-        Where to measure: local.
+    target
+        How to reach the target.
     store
         The folder of the result store; ~/.local/share/edgekit otherwise.
     out
@@ -101,8 +104,6 @@ def bench(
     json
         One JSON object on stdout (schema edgekit.bench/1), raw samples included.
     """
-    if on != "local":
-        raise UsageError(f"the target {on!r} is not known; this version has: local")
     counts = _counts(threads)
     if cold < 1:
         raise UsageError(f"--cold is {cold}; wanted at least 1")
@@ -114,20 +115,23 @@ def bench(
     reading = (source or SourceOptions()).reading()
     with Store(store) as kept:  # a store that cannot be used is said before anything is measured
         with TerminalObserver() as observer:
+            site = open_site((target or TargetOptions()).target(), observer)
             one = contender(
                 model, engine=engine, threads=counts[0] if counts else None, reading=reading,
-                observer=observer,
+                observer=observer, machine=site.profile,
             )  # fmt: skip
-            before, reasons = _fit(allow_unfit, observer)
-            phases = run_phases(
-                Bench(
-                    one, this_machine().threads, input_, cold, budget_s, soak_s=soak_s,
-                    threads=counts, intent=intent, throughput=throughput,
-                ),
-                observer,
-            )  # fmt: skip
-            after = moment(watch_s=0.5)
-        document = _document(model, one, phases, (before, after), reasons)
+            site.need([engine_of(one)], observer)
+            with site.session():
+                before, reasons = _fit(site, allow_unfit, observer)
+                phases = run_phases(
+                    Bench(
+                        one, site.profile.cpu.cores or 1, input_, cold, budget_s, soak_s=soak_s,
+                        threads=counts, intent=intent, throughput=throughput, site=site,
+                    ),
+                    observer,
+                )  # fmt: skip
+                taken_in = _conditions(site, before)
+        document = _document(model, one, phases, reasons, taken_in)
         stem = Path(model).stem
         file = out or default_root() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}.json"
         number, problems = _keep(document, phases, file, kept)
@@ -165,27 +169,40 @@ def _counts(threads: str | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(counts))
 
 
-def _fit(allow_unfit: bool, observer: Observer) -> tuple[Moment, list[str]]:
+def _fit(site: Site, allow_unfit: bool, observer: Observer) -> tuple[Moment, list[str]]:
     """The machine before; refuses one that would give figures of something else.
 
     Raises:
         TargetError: it is busy or throttled, and stayed so.
     """
-    now, reasons = wait_until_fit(0.0 if allow_unfit else _PATIENCE_S)
+    now, reasons = wait_until_fit(0.0 if allow_unfit else _PATIENCE_S, read=site.read)
     if reasons and not allow_unfit:
         raise TargetError(
-            f"this machine is not fit for measuring: {'; '.join(reasons)}; wait until it is, or "
+            f"{site.name} is not fit for measuring: {'; '.join(reasons)}; wait until it is, or "
             "measure all the same with --allow-unfit, which marks the result"
         )
     if reasons:
-        observer.note(f"this machine is not fit for measuring: {'; '.join(reasons)}")
+        observer.note(f"{site.name} is not fit for measuring: {'; '.join(reasons)}")
     return now, reasons
 
 
+def _conditions(site: Site, before: Moment) -> dict[str, Any]:
+    """The machine's conditions, with what it said before and after: of one that is lost, what was
+    known by then."""
+    try:
+        after = site.moment(watch_s=0.5).to_json()
+        return {**site.conditions(), "before": before.to_json(), "after": after}
+    except TargetError:
+        return {
+            "target": site.target, "device": site.name, "arch": site.profile.arch,
+            "cpu": site.profile.cpu.model, "taken": before.at, "before": before.to_json(),
+            "after": None,
+        }  # fmt: skip
+
+
 def _document(
-    model: str, one: Contender, phases: Phases, around: tuple[Moment, Moment], reasons: list[str]
+    model: str, one: Contender, phases: Phases, reasons: list[str], taken_in: dict[str, Any]
 ) -> dict[str, Any]:
-    before, after = around
     return {
         "schema": "edgekit.bench/1",
         "model": str(model),
@@ -202,10 +219,8 @@ def _document(
         "unfit": reasons,
         "notes": phases.notes,
         "conditions": {
-            **conditions(),
-            "before": before.to_json(),
+            **taken_in,
             "during": [moment.to_json() for moment in phases.moments],
-            "after": after.to_json(),
         },
     }
 
@@ -255,8 +270,8 @@ def _show(document: dict[str, Any]) -> None:
         stdout.print(f"note: {note}", markup=False, soft_wrap=True)
     if document["unfit"]:
         stdout.print(f"unfit host: {'; '.join(document['unfit'])}", style="yellow", markup=False)
-    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
-    stdout.print(f"measured on {where}", markup=False)
+    stdout.print(f"{(latency or {}).get('label', 'measured')} on {place_of(document)}",
+                 markup=False)  # fmt: skip
 
 
 def _show_cold(cold: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnsweredError",
     "TerminalObserver",
+    "place_of",
     "print_json",
     "seconds",
     "size",
@@ -77,6 +78,14 @@ def seconds(ns: float | None) -> str:
 def times(latency: dict[str, Any] | None, key: str = "p50") -> str:
     """One figure of a `latency_ns` object."""
     return seconds(latency[key]) if latency else "-"
+
+
+def place_of(document: dict[str, Any]) -> str:
+    """The machine a result's conditions are of: the device and its processor."""
+    facts = document["conditions"]
+    cpu = str(facts["cpu"] or facts["arch"])
+    device = facts.get("device")
+    return f"{device} ({cpu})" if device and device != cpu else cpu
 
 
 class TerminalObserver(Observer, AbstractContextManager["TerminalObserver"]):

@@ -7,6 +7,7 @@ from pathlib import Path
 from edgekit.artifact import FORMAT_NAMES, open_model
 from edgekit.cache import Cache
 from edgekit.conversion import convert_with_proof
+from edgekit.device import DeviceProfile
 from edgekit.errors import LimitError, UsageError
 from edgekit.facts import this_machine
 from edgekit.formats import detect
@@ -21,9 +22,10 @@ __all__ = ["contender", "engine_of", "model_bytes", "parts"]
 
 def contender(
     model: str, *, engine: str | None, threads: int | None, reading: Reading, observer: Observer,
-    name: str | None = None,
+    name: str | None = None, machine: DeviceProfile | None = None,
 ) -> Contender:  # fmt: skip
-    """The contender of a bundle, or of a model of any format, converted if need be.
+    """The contender of a bundle, or of a model of any format, converted if need be; with the
+    threads that suit `machine` (this one without).
 
     Raises:
         UsageError: an option that does not fit.
@@ -43,7 +45,8 @@ def contender(
             variant = opened.manifest.variant()
         return Contender(name or path.name, path, threads or variant.threads)
     path, engine = _loadable(model, engine, reading, observer)
-    return Contender(name or Path(model).name, path, threads or this_machine().threads, engine)
+    usual = (machine or this_machine()).threads
+    return Contender(name or Path(model).name, path, threads or usual, engine)
 
 
 def engine_of(one: Contender) -> str:

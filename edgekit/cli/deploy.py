@@ -16,6 +16,7 @@ from edgekit.deploy import connect
 from edgekit.deploy.install import Device, checked
 from edgekit.deploy.install import deploy as install
 from edgekit.errors import UsageError
+from edgekit.measure.target import Target, open_site
 
 __all__ = ["deploy", "gc", "rollback", "status"]
 
@@ -33,6 +34,7 @@ def deploy(
     max_latency: str | None = None,
     allow_older: Flag = False,
     any_profile: Flag = False,
+    provision: Flag = False,
     accept_new_host_key: Flag = False,
     json: Flag = False,
 ) -> None:
@@ -61,6 +63,8 @@ def deploy(
         Also a bundle of a lower sequence than the active one.
     any_profile
         Also a bundle that was made for another device.
+    provision
+        Bring numpy and the bundle's engines to a device that has none: wheels are resolved here.
     accept_new_host_key
         Add the key of a host that is not known yet to known_hosts.
     json
@@ -75,7 +79,12 @@ def deploy(
         ThreadPoolExecutor(1) as beside,  # hashes while the device is connected
     ):
         ready = beside.submit(checked, bundle)
+        packages = ""
+        if provision:
+            target = Target(to, python, root, provision, accept_new_host_key)
+            packages = _provisioned(bundle, target, observer)
         with _device(to, name, python, root, accept=accept_new_host_key) as device:
+            device.packages = packages
             done = install(
                 ready.result(), device, allow_older=allow_older, any_profile=any_profile,
                 max_latency_ns=limit, observer=observer,
@@ -209,6 +218,17 @@ def _device(
         Device(transport, name, root=root, python=python) as device,
     ):
         yield device
+
+
+def _provisioned(bundle: Path, target: Target, observer: TerminalObserver) -> str:
+    """Have numpy and the bundle's engines there; the folder of what was brought, if anything."""
+    from edgekit_runtime.bundle import Bundle
+
+    with Bundle(bundle) as opened:
+        engines = [one.engine for one in opened.manifest.variants]
+    site = open_site(target, observer)
+    site.need(engines, observer)
+    return site.packages_folder
 
 
 def _name_in(bundle: Path) -> str:

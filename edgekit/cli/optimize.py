@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from edgekit.cache import Cache
 from edgekit.cli.console import (
     AnsweredError,
     TerminalObserver,
+    place_of,
     print_json,
     size,
     stderr,
@@ -23,7 +25,9 @@ from edgekit.cli.console import (
     times,
 )
 from edgekit.cli.source import SourceOptions
+from edgekit.cli.target import TargetOptions
 from edgekit.errors import UsageError
+from edgekit.measure.target import open_site
 from edgekit.observer import Diary
 from edgekit.optimize import optimize as run_optimize
 from edgekit.outcome import plan_document
@@ -47,7 +51,7 @@ def optimize(
     max_slice_drop: float | None = None,
     minimize: Literal["latency", "size"] = "latency",
     prune: list[float] | None = None,
-    on: str = "local",
+    target: TargetOptions | None = None,
     budget: str | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -92,8 +96,8 @@ def optimize(
         How much the worst slice may lose.
     minimize
         What to minimize within the accuracy budget.
-    on
-        Where to measure: local.
+    target
+        How to reach the target.
     budget
         Time for everything: 90s, 10m, 1h. The best found by then is returned.
     threads
@@ -116,12 +120,15 @@ def optimize(
     request = Request(
         Path(model), for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, slice_by=slice_by, max_slice_drop=max_slice_drop, minimize=minimize,
-        target=on, budget_s=_seconds(budget),
+        budget_s=_seconds(budget),
         threads=threads, seed=seed, dry_run=dry_run, prune=tuple(prune or ()),
         reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
     with TerminalObserver() as observer:
+        request = replace(
+            request, site=open_site((target or TargetOptions()).target(), observer)
+        )  # fmt: skip
         if dry_run:
             diary = Diary(observer)
             job = prepare(request, diary, Cache())
@@ -182,9 +189,9 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(table)
     _show_reasons(rows)
     _show_repairs(document, failed)
-    where = document["conditions"]["cpu"] or document["conditions"]["arch"]
+    where, label = place_of(document), document["label"]
     threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
-    stdout.print(f"\nmeasured on {where}, {threads}, interleaved", markup=False)
+    stdout.print(f"\n{label} on {where}, {threads}, interleaved", markup=False, soft_wrap=True)
     stdout.print(
         "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
     )

@@ -53,9 +53,10 @@ def module(name,text=''):
     exec(compile(text,name,'exec'),m.__dict__)
     return m
 module('edgekit_runtime')
-place,text=zlib.decompress(b).decode().split(chr(0))
-module('edgekit_runtime.place',place)
-sys.exit(module('edgekit_runtime.installer',text).main(sys.argv[1:]))
+for one in zlib.decompress(b).decode().split(chr(0)):
+    name,_,text=one.partition(chr(10))
+    last=module('edgekit_runtime.'+name,text)
+sys.exit(last.main(sys.argv[1:]))
 """
 
 
@@ -101,10 +102,14 @@ class Device:
     """The installer on a target, in charge of one name, as a context.
 
     `folder` and `runtime` in it are where `bring` puts the runtime: `python folder/runtime VERB`.
+    `packages` is a folder there with what the interpreter lacks (see `edgekit.deploy.provision`).
 
     Raises:
         TargetError: no usable Python there, or the link is lost.
     """
+
+    #: of the runtime, in the order they import each other; the last one's `main` is run
+    modules: tuple[str, ...] = ("place", "installer")
 
     def __init__(
         self, transport: Transport, name: str, *, root: str | None = None, python: str | None = None
@@ -119,10 +124,13 @@ class Device:
         )
         self.runtime = f"runtime-{hashlib.sha256(listed.encode()).hexdigest()[:16]}"
         self.facts: dict[str, Any] = {}
-        self.folder = ""
+        self.folder, self.packages = "", ""
 
     def __enter__(self) -> Self:
-        texts = (self._files[f"edgekit_runtime/{name}.py"] for name in ("place", "installer"))
+        texts = [
+            name.encode() + b"\n" + self._files[f"edgekit_runtime/{name}.py"]
+            for name in self.modules
+        ]
         source = zlib.compress(b"\0".join(texts), 9)
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
         # -I -S: nothing of the user's is imported, and it starts in half the time
@@ -199,7 +207,8 @@ class Device:
 
     def trial(self, max_latency_ns: int | None) -> list[str]:
         """The command that tries `{bundle}` there."""
-        line = [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
+        line = ["env", f"PYTHONPATH={self.packages}"] if self.packages else []
+        line += [self.python, f"{self.folder}/{self.runtime}", "trial", "{bundle}"]
         line += ["--timeout", str(_TRY_S)]
         return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
 
@@ -254,7 +263,7 @@ def deploy(
     sent = 0
     if state["state"] == "wanted":
         observer.phase("sending what the device lacks")
-        sent = send(one, device, fresh=state["fresh"], observer=observer)
+        sent = send(one.path, sha256, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
     device.bring()
     done = device.ask(
@@ -265,17 +274,20 @@ def deploy(
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(bundle: Checked, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
-    """Send the chunks of a bundle that the device lacks (of a `fresh` one all); returns the bytes
+def send(
+    path: Path, sha256: str, device: Device, *, fresh: bool, observer: Observer | None = None
+) -> int:
+    """Send the chunks of a file that the device lacks (of a `fresh` one all); returns the bytes
     of them. The file is cut while what was cut before is on its way.
 
     Raises:
-        BundleError: the file is not what it was when it was checked.
+        BundleError: the file has not this hash.
         TargetError: the device refuses, or is lost.
     """
     observer = observer or Observer()
     done, sent, unheard = 0, 0, 0
-    with _ahead(_segments(bundle)) as segments:
+    size = path.stat().st_size
+    with _ahead(_segments(path, sha256)) as segments:
         for segment in segments:
             pieces = segment
             if not fresh:
@@ -289,7 +301,7 @@ def send(bundle: Checked, device: Device, *, fresh: bool, observer: Observer | N
                 device.hear()
                 unheard -= 1
             done += sum(one.size_bytes for one, _ in segment)
-            observer.progress("kB", done // 1000, bundle.size_bytes // 1000)
+            observer.progress("kB", done // 1000, size // 1000)
     for _ in range(unheard):
         device.hear()
     return sent
@@ -302,10 +314,10 @@ def _listed(segment: _Segment) -> list[list[Any]]:
     return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
 
 
-def _segments(bundle: Checked) -> Iterator[_Segment]:
+def _segments(path: Path, sha256: str) -> Iterator[_Segment]:
     found: _Segment = []
     digest, size = hashlib.sha256(), 0
-    with bundle.path.open("rb") as file:
+    with path.open("rb") as file:
         for one, held in chunks_in(file):
             digest.update(held)
             found.append((one, held))
@@ -313,8 +325,8 @@ def _segments(bundle: Checked) -> Iterator[_Segment]:
             if size >= _SEGMENT:
                 yield found
                 found, size = [], 0
-    if digest.hexdigest() != bundle.sha256:
-        raise BundleError(f"{bundle.path} changed while it was sent; nothing was activated")
+    if digest.hexdigest() != sha256:
+        raise BundleError(f"{path} changed while it was sent; nothing was activated")
     if found:
         yield found
 

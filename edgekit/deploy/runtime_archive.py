@@ -14,12 +14,16 @@ _MAIN = """import sys
 try:
     import numpy
 except ImportError:
-    print("edgekit-runtime: needs numpy and an engine: pip install numpy onnxruntime",
-          file=sys.stderr)
+    print("edgekit-runtime: needs numpy and an engine: pip install numpy onnxruntime; "
+          "edgekit deploy --provision brings them", file=sys.stderr)
     sys.exit(3)
 from edgekit_runtime.__main__ import main
 sys.exit(main())
 """
+
+
+#: sent to devices by the host, from its own copy; nothing there imports them
+_SENT = ("edgekit_runtime/installer.py", "edgekit_runtime/workbench.py")
 
 
 def runtime_files() -> dict[str, bytes]:
@@ -32,11 +36,14 @@ def runtime_files() -> dict[str, bytes]:
 
 
 def runtime_archive() -> bytes:
-    """The zipped package with a `__main__`: the same sources give the same bytes."""
+    """The zipped package with a `__main__`, without what only a host sends: the same sources give
+    the same bytes."""
     out = io.BytesIO()
     out.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as packed:
         for name, data in runtime_files().items():
+            if name in _SENT:
+                continue
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o100644 << 16
             packed.writestr(entry, data)

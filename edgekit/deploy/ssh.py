@@ -125,8 +125,14 @@ class SshTransport(Transport):
     def wait(self, work: Coroutine[Any, Any, _T], timeout_s: float, what: str = "") -> _T:
         """The result; asyncssh's many errors as one of ours."""
         ssh = self._asyncssh
+        task = self._loop.create_task(asyncio.wait_for(work, timeout_s))
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, timeout_s))
+            return self._loop.run_until_complete(task)
+        except KeyboardInterrupt:  # or it would take what comes for the next one
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                self._loop.run_until_complete(task)
+            raise
         except TimeoutError:
             late = f"{what} did not end" if what else "no answer"
             raise TargetError(f"{self.target}: {late} within {timeout_s:.0f} s") from None

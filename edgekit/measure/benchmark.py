@@ -7,25 +7,22 @@ round, not by absolute times.
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import EdgeKitError, by_name
+from edgekit.errors import EdgeKitError, TargetError
+from edgekit.measure.site import HERE, Site
 from edgekit.measure.statistics import median_interval, ratio_interval
-from edgekit.measure.worker import Contender, Worker, command, processors
-from edgekit.sandbox import child_environment
+from edgekit.measure.worker import Contender
 from edgekit_runtime.timing import percentile_ns, summary
 
-__all__ = ["Contender", "Measurement", "Rounds", "cold_starts", "measure"]
+__all__ = ["Contender", "Measurement", "Rounds", "measure"]
 
 
 @dataclass
@@ -39,6 +36,7 @@ class Measurement:
     placement: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
     failure_code: int = 3
+    label: str = "measured"
 
     @property
     def samples_ns(self) -> list[int]:
@@ -52,7 +50,7 @@ class Measurement:
 
     def latency(self) -> dict[str, Any] | None:
         """`{p50, p90, min, samples, label}`, or None without samples."""
-        return summary(self.samples_ns) if self.rounds_ns else None
+        return summary(self.samples_ns, label=self.label) if self.rounds_ns else None
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,10 @@ class Rounds:
     enough: float = 0.01  # half-width of the ratio's interval at which more rounds change nothing
     settled: float = 0.05  # the same for the winner against the reference, which decides nothing
 
+    def simulated(self) -> Rounds:
+        """For time that repeats, of an emulator that takes long for it."""
+        return replace(self, most=self.least, block_s=min(self.block_s, 0.01), warm_up_blocks=1)
+
 
 def measure(
     contenders: Sequence[Contender],
@@ -81,26 +83,34 @@ def measure(
     cancel: threading.Event | None = None,
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
+    site: Site = HERE,
 ) -> dict[str, Measurement]:
     """Measure all contenders, interleaved; one that fails gets a Measurement that says so.
 
     `deadline` (monotonic seconds) or `cancel` end it after the current round, but not before the
     least number of rounds: fewer give no interval, and choosing by chance is no choice.
+
+    Raises:
+        TargetError: the link to the site is lost.
     """
+    if site.simulated:
+        rounds = rounds.simulated()
 
     def spent() -> bool:
         late = deadline is not None and time.monotonic() > deadline
         return late or (cancel is not None and cancel.is_set())
 
-    taken = {one.id: Measurement() for one in contenders}
+    taken = {one.id: Measurement(label=site.label) for one in contenders}
     rng = random.Random(seed)  # noqa: S311  (order of measuring, no secret)
-    cpus = processors(max((one.threads for one in contenders), default=1))
     with ExitStack() as stack:
+        stack.enter_context(site.session())
+        site.bring(contenders, inputs)
+        cpus = site.processors(max((one.threads for one in contenders), default=1))
         workers = {}
         for one in contenders:
             # One after the other: starting them together would be a load of our own making.
             with _failures_into(taken[one.id]):
-                worker = stack.enter_context(Worker(one, inputs, cpus=cpus))
+                worker = stack.enter_context(site.worker(one, inputs, cpus=cpus))
                 taken[one.id].first_run_ns = worker.hello["first_run_ns"]
                 taken[one.id].engine_version = worker.hello["engine_version"]
                 taken[one.id].placement = worker.hello["placement"]
@@ -151,44 +161,6 @@ def _still_open(
     return still | {best, reference} if still else set()
 
 
-def cold_starts(contender: Contender, *, times: int = 3) -> list[dict[str, Any]]:
-    """Import, load and first run, each time in a fresh process: nanoseconds, and the memory after
-    each (`edgekit_runtime.machine.memory_bytes`).
-
-    Raises:
-        EdgeKitError: the model does not load.
-    """
-    found = []
-    for _ in range(times):
-        start = time.perf_counter_ns()
-        verb = command("bench", contender)[len(contender.launched) :]
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _COLD, *verb, "--cold"],
-            capture_output=True, env=child_environment(), timeout=600, check=False,
-        )  # fmt: skip
-        wall_ns = time.perf_counter_ns() - start
-        if done.returncode != 0:
-            _raise_from(done.stderr.decode(errors="replace"), done.returncode, contender.id)
-        phases: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        phases.pop("schema")
-        found.append({**phases, "process_ns": wall_ns})
-    return found
-
-
-#: the clock starts before anything is imported
-_COLD = (
-    "import time; started_ns = time.perf_counter_ns(); import sys;"
-    "from edgekit_runtime.__main__ import main; sys.exit(main(started_ns=started_ns))"
-)
-
-
-def _raise_from(log: str, code: int, what: str) -> None:
-    lines = [line for line in log.splitlines() if line.strip()]
-    last = lines[-1].removeprefix("edgekit-runtime: ") if lines else f"ended with code {code}"
-    kind = {1: "LimitError", 2: "ModelError", 3: "EngineError"}.get(code, "ChildError")
-    raise by_name(kind, last if code in (1, 2, 3) else f"{what}: {last}")
-
-
 class _failures_into:  # noqa: N801  (used like contextlib's functions)
     """Turns a contender's error into its row; everything else goes on."""
 
@@ -199,7 +171,7 @@ class _failures_into:  # noqa: N801  (used like contextlib's functions)
         return None
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
-        if isinstance(error, EdgeKitError):
+        if isinstance(error, EdgeKitError) and not isinstance(error, TargetError):
             self._measurement.failure = str(error)
             self._measurement.failure_code = error.exit_code
             return True

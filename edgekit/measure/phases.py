@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import EdgeKitError, UsageError
-from edgekit.measure.benchmark import Rounds, cold_starts, measure
-from edgekit.measure.conditions import Moment, moment
+from edgekit.errors import EdgeKitError, TargetError, UsageError
+from edgekit.measure.benchmark import Rounds, measure
+from edgekit.measure.conditions import Moment
 from edgekit.measure.energy import Meter, idle_watts, open_meter, per_inference
 from edgekit.measure.record import sound
 from edgekit.measure.series import latency_summary, warm_up, width
+from edgekit.measure.site import HERE, Site
 from edgekit.measure.soak import soak
 from edgekit.measure.statistics import median_interval, ratio_interval
 from edgekit.measure.worker import Contender, Worker
@@ -51,6 +52,7 @@ class Bench:
     threads: tuple[int, ...] = ()
     intent: str | None = None
     throughput: bool = False
+    site: Site = HERE
 
 
 @dataclass
@@ -111,21 +113,24 @@ class _Job:
         except EdgeKitError as error:
             row |= {"status": "failed", "failure": str(error)}
             self.out.failure_code = error.exit_code
+            self.stopped = isinstance(error, TargetError)  # nothing more comes from there
             self.observer.note(f"{name}: {error}")
         except KeyboardInterrupt:
             row |= {"status": "partial", "failure": "stopped"}
             self.stopped = True
         row["seconds"] = round(time.monotonic() - start, 3)
 
-    def _partial(self, failure: str) -> None:
-        self.out.phases[-1] |= {"status": "partial", "failure": failure}
+    def _partial(self, failure: EdgeKitError | str) -> None:
+        self.out.phases[-1] |= {"status": "partial", "failure": str(failure)}
         self.observer.note(f"{self.out.phases[-1]['name']}: ended early: {failure}")
+        if isinstance(failure, TargetError):  # nothing more comes from there
+            self.stopped, self.out.failure_code = True, failure.exit_code
 
     def cold(self) -> None:
         found: list[dict[str, Any]] = []
         self.out.found["cold"] = found
         for done in range(self.bench.cold):
-            found += cold_starts(self.contender, times=1)
+            found.append(self.bench.site.cold_start(self.contender))
             self.observer.progress("fresh processes", done + 1, self.bench.cold)
 
     def sweep(self) -> None:
@@ -140,6 +145,7 @@ class _Job:
         taken = measure(
             contenders, first, inputs=self.bench.inputs, rounds=Rounds(least=10, most=10),
             progress=lambda done, total: self.observer.progress("rounds", done, total),
+            site=self.bench.site,
         )  # fmt: skip
         rows = []
         for one in contenders:
@@ -171,8 +177,10 @@ class _Job:
             one = replace(self.contender, threads=threads)
             intent = "latency" if threads == cores else "throughput"
             try:
-                with Worker(one, self.bench.inputs, intent=intent) as worker:
+                with self.bench.site.worker(one, self.bench.inputs, intent=intent) as worker:
                     rows += self._batches(worker, threads)
+            except TargetError:
+                raise
             except EdgeKitError as error:
                 rows.append({"streams": None, "threads": threads, "batch": None,
                              "per_second": None, "failure": str(error)})  # fmt: skip
@@ -220,24 +228,28 @@ class _Job:
 
     def warm(self) -> None:
         bench, found = self.bench, self.out.found
-        meter = self._meter()
+        meter = self._meter() if bench.site is HERE else f"no meter of {bench.site.name} is read"
         idle = idle_watts(meter) if isinstance(meter, Meter) else 0.0
         samples: list[int] = []
         joules = busy_s = 0.0
         cpu_ns = 0
         stopped, looked, checked = "budget", 0.0, 0.0
-        with Worker(self.contender, bench.inputs) as worker:
+        with bench.site.worker(self.contender, bench.inputs) as worker:
             found |= {key: worker.hello[key] for key in ("engine_version", "placement")}
             found["threads"], found["streams"] = self.contender.threads, worker.hello["streams"]
             start = time.monotonic()
             while (passed := time.monotonic() - start) < bench.budget_s or not samples:
                 before = (time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0)
                 try:
+                    if passed - looked >= 1:
+                        looked = passed
+                        self.out.moments.append(bench.site.moment())
+                        self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
                     block = worker.take(0.1, most=20_000)
                 except EdgeKitError as error:
                     if not samples:
                         raise
-                    self._partial(str(error))
+                    self._partial(error)
                     stopped = "failure"
                     break
                 if isinstance(meter, Meter):
@@ -245,10 +257,6 @@ class _Job:
                 busy_s += time.monotonic() - before[0]
                 samples += block.samples_ns
                 cpu_ns += block.cpu_ns
-                if passed - looked >= 1:
-                    looked = passed
-                    self.out.moments.append(moment())
-                    self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
                 if passed - checked >= 0.5 and passed >= 1:
                     checked = passed
                     if _settled(samples, bench.enough):
@@ -277,14 +285,15 @@ class _Job:
             )
         cut = min(warm_up(kept), len(kept) - 1)
         found["warm_up_samples"] = cut if len(kept) == len(samples) else None
-        found["latency_ns"] = latency_summary(kept[cut:])
+        found["latency_ns"] = latency_summary(kept[cut:], label=self.bench.site.label)
         found["median_half_width"] = _number(width(kept[cut:]))
 
     def soak(self) -> None:
-        with Worker(self.contender, self.bench.inputs) as worker:
+        with self.bench.site.worker(self.contender, self.bench.inputs) as worker:
             result = soak(
                 lambda window_s: worker.take(window_s, most=1_000_000).samples_ns,
                 self.bench.soak_s,
+                look=self.bench.site.moment,
                 progress=lambda done, total: self.observer.progress("soak (s)", done, total),
             )
         self.out.found["soak"] = result.to_json()

@@ -16,9 +16,10 @@ from edgekit.deploy import Transport, connect
 from edgekit.deploy.runtime_archive import runtime_archive
 from edgekit.device import DeviceProfile
 from edgekit.errors import ChildError, EdgeKitError, TargetError, one_line
-from edgekit.facts import Facts, facts_script, probe_engine, profile_of, read_facts
+from edgekit.facts import Facts, probe_engine, profile_of, read_facts
 from edgekit.measure.probe_models import ProbeModel, probe_models
 from edgekit.measure.roofline import FULL, ProbeFailure, Run, measure_roofline, run_local, run_on
+from edgekit.measure.target import facts_of, label_of
 from edgekit.observer import Observer
 from edgekit_runtime import __version__
 
@@ -57,7 +58,7 @@ def probe_device(
     interpreter = python or (sys.executable if here else "python3")
     with connect(target) as transport:
         observer.phase(f"reading {target}")
-        facts = _read(transport, interpreter)
+        facts = facts_of(transport, interpreter)
         if facts.python is None:
             return _unmeasured(facts, target, profile_id, observer)
         tables = _tables(facts, target, profile_id, observer)
@@ -95,14 +96,6 @@ def _unmeasured(
             else f"{target}: no engine was found; --python names an interpreter that has one"
         )
     return DeviceProfile.model_validate(tables)
-
-
-def _read(transport: Transport, python: str) -> Facts:
-    script = f"PYTHON={_quoted(python)}\n{facts_script()}"
-    done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=_SLOW_S)
-    if done.code == 127 and not done.stdout:
-        raise TargetError(f"{transport.target}: no POSIX shell there: {done.last_words}")
-    return read_facts(done.stdout.decode(errors="replace"))
 
 
 class _Bench:
@@ -211,10 +204,10 @@ def _measure(tables: dict[str, Any], bench: _Bench, observer: Observer) -> None:
             "one block only: the device is busy or shared, so its roof may be higher"
         )
     tables["roofline"] = found.roofline.model_dump(exclude_none=True)
-    today = datetime.now(UTC).date().isoformat()
+    today, label = datetime.now(UTC).date().isoformat(), label_of(bench.transport.target)
     tables["sources"].append(
         {"fields": ["roofline"], "kind": "probe",
-         "title": f"measured on the device by EdgeKit {__version__} on {today}"}
+         "title": f"{label} on the device by EdgeKit {__version__} on {today}"}
     )  # fmt: skip
 
 
@@ -243,7 +236,3 @@ def _kind(facts: Facts) -> str:
 def slug(name: str) -> str:
     """A profile id made of a name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\\''") + "'"

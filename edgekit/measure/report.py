@@ -84,6 +84,10 @@ def _how(candidate: _Document) -> str:
     return str((candidate["latency_ns"] or {}).get("label", "not known"))
 
 
+def _judged(document: _Document) -> str:
+    return "there" if document["conditions"].get("target", "local") == "local" else "on the host,"
+
+
 def _headline(document: _Document, scale: Scale) -> Markup:
     name, why = document["profile"]["name"], document["why"]
     eyebrow = element("p", f"EdgeKit report: {_file_name(document)} for {name}", class_="eyebrow")
@@ -100,8 +104,8 @@ def _headline(document: _Document, scale: Scale) -> Markup:
         element("div", *_tiles(chosen, reference, scale, same=same), class_="tiles"),
         element(
             "p",
-            f"Latency {_how(chosen)} {_where(document)}. {scale.name} measured there on the "
-            f"{chosen['samples']} samples the choice was made with"
+            f"Latency {_how(chosen)} {_where(document)}. {scale.name} measured "
+            f"{_judged(document)} on the {chosen['samples']} samples the choice was made with"
             f"{_confirmed(document['confirmation'], scale)}.",
             class_="small",
         ),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from edgekit.errors import ChildError, by_name
 from edgekit.sandbox import child_environment
 from edgekit_runtime.timing import percentile_ns
 
-__all__ = ["Block", "Contender", "Worker", "command", "processors"]
+__all__ = ["Block", "Contender", "Worker", "command", "fastest", "processors"]
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Worker:
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self.hello = self._answer(self._timeout_s)
-            self._estimate_ns = max(1, self.hello["first_run_ns"])
+            self._begin(self._answer(self._timeout_s))
         except BaseException:
             self.__exit__()
             raise
@@ -113,6 +112,10 @@ class Worker:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
+
+    def _begin(self, hello: dict[str, Any]) -> None:
+        self.hello = hello
+        self._estimate_ns = max(1, hello["first_run_ns"])
 
     @property
     def pid(self) -> int:
@@ -151,6 +154,11 @@ class Worker:
         return {key: int(answer[key]) for key in ("runs", "wall_ns", "cpu_ns")}
 
     def _ask(self, request: dict[str, Any], expected_s: float) -> dict[str, Any]:
+        answer = self._exchange(request, self._timeout_s + 20 * expected_s)
+        self.peak_rss_bytes = int(answer["peak_rss_bytes"])
+        return answer
+
+    def _exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         assert self._process.stdin is not None  # noqa: S101  (for the type checker)
         self._freeze(signal.SIGCONT)
         try:
@@ -158,9 +166,8 @@ class Worker:
             self._process.stdin.flush()
         except OSError:
             pass  # it died: reading says how
-        answer = self._answer(self._timeout_s + 20 * expected_s)
+        answer = self._answer(timeout_s)
         self._freeze(signal.SIGSTOP)
-        self.peak_rss_bytes = int(answer["peak_rss_bytes"])
         return answer
 
     def _freeze(self, how: signal.Signals) -> None:
@@ -216,9 +223,13 @@ def processors(threads: int, turn: int = 0) -> list[int] | None:
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
-    able = sorted(os.sched_getaffinity(0))
-    most = max(map(_capacity, able))
-    ours = [one for one in able if _capacity(one) == most]
+    return fastest({one: _capacity(one) for one in os.sched_getaffinity(0)}, threads, turn)
+
+
+def fastest(capacities: Mapping[int, int], threads: int, turn: int = 0) -> list[int] | None:
+    """The same of any machine, whose processors have these capacities."""
+    most = max(capacities.values(), default=0)
+    ours = sorted(number for number, capacity in capacities.items() if capacity == most)
     if threads >= len(ours):
         return None
     first = (turn * threads) % len(ours)

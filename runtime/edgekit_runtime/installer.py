@@ -40,7 +40,7 @@ TYPE_CHECKING = False  # typing is slow to import
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Tuple
 
-__all__ = ["MAX_TRIES", "Desk", "Wire", "main"]
+__all__ = ["MAX_TRIES", "Desk", "Wire", "main", "remove_tree"]
 
 MAX_TRIES = 3
 #: a host that was cut off does not say so; one that lives says something every 5 s, at least while
@@ -119,6 +119,10 @@ class Desk:
     """Answers requests about one name, one after the other; what changes it is done under its
     lock, which is kept from then on."""
 
+    verbs: Tuple[str, ...] = (
+        "hello", "bring", "status", "begin", "have", "take", "commit", "rollback", "gc",
+    )  # fmt: skip
+
     def __init__(self, place: Place, owner: str, wire: Wire) -> None:
         self.place, self._owner, self._wire = place, owner, wire
         self._lock: Optional[Lock] = None
@@ -131,9 +135,7 @@ class Desk:
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The answer to a request: `do`, and what that takes."""
         verb = request.pop("do", None)
-        if verb not in (
-            "hello", "bring", "status", "begin", "have", "take", "commit", "rollback", "gc",
-        ):  # fmt: skip
+        if verb not in self.verbs:
             raise Refused(f"no request {verb!r}", 2)
         found: Dict[str, Any] = getattr(self, verb)(**request)
         return found
@@ -171,7 +173,7 @@ class Desk:
                 os.replace(new, f"{folder}/{runtime}")
                 sync(folder)
         finally:
-            _remove_tree(new)
+            remove_tree(new)
         return {}
 
     def status(self) -> Dict[str, Any]:
@@ -327,8 +329,11 @@ class Desk:
         remove(self.place.tries)
         for other in names(f"{self.place.root}/.device"):
             if runtime and other != runtime:
-                _remove_tree(f"{self.place.root}/.device/{other}")
+                remove_tree(f"{self.place.root}/.device/{other}")
         return {"freed_bytes": freed, "versions": self.place.installed()}
+
+    def close(self) -> None:
+        """The host has ended."""
 
     def _change(self) -> None:
         if self._lock is None:
@@ -414,7 +419,7 @@ def _plain(path: str) -> bool:
     return all(is_name(part) for part in path.split("/"))
 
 
-def _remove_tree(folder: str) -> None:
+def remove_tree(folder: str) -> None:
     if os.path.exists(folder):
         import shutil
 
@@ -539,12 +544,12 @@ def _root(given: str) -> str:
     return os.path.abspath(os.path.expanduser(chosen))
 
 
-def main(arguments: List[str]) -> int:
+def main(arguments: List[str], make: Callable[[Place, str, Wire], Desk] = Desk) -> int:
     """Answer for ROOT (empty: the usual one), NAME and OWNER until the host ends."""
     root, name, owner = arguments
     wire, desk, failure = Wire(), None, None
     try:
-        desk = Desk(Place(_root(root), name), owner, wire)
+        desk = make(Place(_root(root), name), owner, wire)
     except Refused as error:
         failure = {"ok": False, "why": str(error), "code": error.code}
     try:
@@ -554,3 +559,6 @@ def main(arguments: List[str]) -> int:
             write_all(1, to_json(answer).encode() + b"\n")
     except (_Gone, BrokenPipeError):
         return 0
+    finally:
+        if desk:
+            desk.close()

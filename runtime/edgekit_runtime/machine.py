@@ -107,14 +107,18 @@ def machine_name() -> str:
     return _MACHINES.get(found, found)
 
 
-def cpu_name() -> Optional[str]:
-    """The processor's name as the kernel has it, Arm's by number: `implementer 0x41 part 0xd08`."""
+def cpu_name(text: Optional[str] = None) -> Optional[str]:
+    """The processor's name as the kernel has it, Arm's by number: `implementer 0x41 part 0xd08`.
+    `text` is what /proc/cpuinfo holds, on another machine."""
     found: Dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            key, colon, value = line.partition(":")
-            if colon:
-                found.setdefault(key.strip(), value.strip())
+    if text is None:
+        text = ""
+        with contextlib.suppress(OSError):
+            text = Path("/proc/cpuinfo").read_text(errors="replace")
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip(), value.strip())
     if "CPU implementer" in found and "CPU part" in found:
         return f"implementer {found['CPU implementer']} part {found['CPU part']}"
     return found.get("model name") or found.get("cpu model") or None

@@ -1,0 +1,125 @@
+"""What a job that measures on a device asks of it, and the bundle that says where figures are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgekit.artifact import TensorSpec, open_model
+from edgekit.bundle import VariantSource, latency_limits, write_bundle
+from edgekit.errors import UsageError
+from edgekit.graph import read_graph
+from edgekit.measure.site import Site, There
+from edgekit.measure.worker import Contender
+from edgekit.outcome import Row
+from edgekit.precision import quantized_already
+from edgekit.preparation import Job, Request
+from edgekit_runtime import __version__
+
+__all__ = ["bundle_of", "differs_there", "golden_there", "plain_bundle"]
+
+_CHECK_S = 300.0
+
+
+def differs_there(site: Site, bundle: Path, threads: int) -> str | None:
+    """Why the bundle's golden inputs do not give its golden outputs, which this machine computed,
+    on the device; None if they do, within their tolerance.
+
+    Raises:
+        TargetError: the link is lost.
+        EdgeKitError: it does not run there.
+    """
+    bad = [row for row in golden_there(site, bundle, threads) if not row["ok"]]
+    if not bad:
+        return None
+    note = bad[0]["note"] or f"off by {bad[0]['worst']:.3g} times what is allowed"
+    return f"on the device, golden output {bad[0]['output']!r}: {note}"
+
+
+def golden_there(site: Site, bundle: Path, threads: int) -> list[dict[str, Any]]:
+    """What became of each golden output there: `edgekit_runtime.golden.GoldenResult`.
+
+    Raises:
+        UsageError: the site is this machine.
+        TargetError: the link is lost.
+        EdgeKitError: the bundle does not run there.
+    """
+    if not isinstance(site, There):
+        raise UsageError("golden outputs are of this machine; name another with --on")
+    one = Contender(bundle.name, bundle, threads)
+    with site.session():
+        site.bring([one], None)
+        done = site.runner.run(site.verb("check", one), timeout_s=_CHECK_S)
+    if done.code == 1 and done.out.strip():  # they differ, and it says which
+        done = replace(done, code=0)
+    rows: list[dict[str, Any]] = done.document(bundle.name)["outputs"]
+    return rows
+
+
+def plain_bundle(contender: Contender, path: Path, work: Path) -> None:
+    """A bundle of a plain model, with golden outputs that this machine computes now."""
+    assert contender.engine is not None  # noqa: S101  (plain models have one)
+    artifact = open_model(str(contender.path))
+    quantized = quantized_already(read_graph(contender.path))
+    source = VariantSource(
+        "model", contender.engine, artifact, "int8" if quantized else "fp32", contender.threads,
+        "float32", {"CPU": 1.0}, {},
+    )  # fmt: skip
+    write_bundle(
+        path, (source,), name=contender.path.stem, inputs=artifact.inputs,
+        outputs=artifact.outputs, profile="any", provenance={"edgekit": __version__}, work=work,
+    )  # fmt: skip
+
+
+def bundle_of(
+    job: Job, request: Request, row: Row, path: Path, *, incomplete: list[str], work: Path
+) -> None:
+    """Write a bundle of a candidate that was measured; its figures say where."""
+    assert row.artifact is not None  # noqa: S101  (only built ones are chosen)
+    assert row.measurement is not None  # noqa: S101
+    placement, latency = row.measurement.placement, row.measurement.latency()
+    candidate, site = row.candidate, request.site
+    write_bundle(
+        path,
+        (
+            VariantSource(
+                candidate.id, candidate.engine, row.artifact, str(candidate.scheme), job.threads,
+                placement["precision"], placement["shares"],
+                {
+                    "latency_ns": latency,
+                    **latency_limits(latency or {}, job.conditions),
+                    "metric": {job.metric: row.evaluation["metric"]},
+                    "conditions": job.conditions,
+                },
+                row.measurement.peak_rss_bytes or None,
+            ),
+        ),
+        name=request.model.stem,
+        inputs=_with_facts(job, row),
+        outputs=row.artifact.outputs if candidate.fixed_shapes else job.source.outputs,
+        pipeline=job.pipeline,
+        profile=job.profile.id,
+        provenance={
+            "edgekit": __version__,
+            "command": request.command,
+            "model_sha256": job.source.sha256,
+            "data_sha256": job.data.sha256,
+            "steps": list(row.artifact.provenance),
+            "latency": {"label": site.label, "where": site.target, "device": site.name},
+            "incomplete": incomplete,
+        },
+        work=work,
+    )  # fmt: skip
+
+
+def _with_facts(job: Job, row: Row) -> tuple[TensorSpec, ...]:
+    sample = job.data.sample(int(job.split.selection[0]), job.source.inputs)
+    fixed, ranges = row.candidate.fixed_shapes, job.data.ranges
+    return tuple(
+        replace(
+            s, range=ranges.get(s.name), example=sample[s.name].shape,
+            shape=sample[s.name].shape if fixed else s.shape,
+        )
+        for s in job.source.inputs
+    )  # fmt: skip
