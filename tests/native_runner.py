@@ -1,0 +1,69 @@
+"""The native runner built for this machine, and bundles of real models to run with it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bundles import bundle, make_manifest, make_variant, npz
+
+from edgekit_runtime import TensorSpec, load
+from edgekit_runtime.manifest import Golden, Tolerance
+
+
+class Runner:
+    """The program on this machine, with the library of the installed onnxruntime."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        (library,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
+        self.path = path
+        self.environment = {**os.environ, "EDGEKIT_ONNXRUNTIME": str(library)}
+
+    def __call__(self, *words: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.path, *map(str, words)], capture_output=True, text=True, check=False,
+            timeout=timeout, env=self.environment,
+        )  # fmt: skip
+
+    def json(self, *words: object) -> dict[str, Any]:
+        done = self(*words, "--json")
+        assert done.returncode in (0, 1), done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+def bundle_of(
+    model: Path, samples: Sequence[Mapping[str, np.ndarray]], path: Path, **changes: Any
+) -> Path:
+    """A bundle of a plain ONNX model whose golden outputs are what onnxruntime says of samples."""
+    with load(model) as session:
+        inputs, outputs = session.inputs, session.outputs
+        answers = [session.run(dict(one)) for one in samples]
+    contents = {
+        "a/model.onnx": model.read_bytes(),
+        "a/in.npz": npz(**{s.name: np.stack([one[s.name] for one in samples]) for s in inputs}),
+        "a/out.npz": npz(**{s.name: np.stack([one[s.name] for one in answers]) for s in outputs}),
+    }
+    limits = {spec.name: Tolerance(1e-5, 1e-5) for spec in outputs}
+    variant = make_variant(
+        input_names=tuple(s.name for s in inputs), output_names=tuple(s.name for s in outputs),
+        golden=Golden("a/in.npz", "a/out.npz", len(samples), limits),
+        **changes.pop("variant", {}),
+    )  # fmt: skip
+    digest = hashlib.sha256(b"".join(contents.values())).hexdigest()[:32]
+    plain = {"inputs": _plain(inputs), "outputs": _plain(outputs), "variants": (variant,)}
+    fields: dict[str, Any] = {"name": model.stem, "bundle_id": digest, **plain, **changes}
+    made = make_manifest(contents, **fields)
+    path.write_bytes(bundle(made, contents))
+    return path
+
+
+def _plain(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(specs)
