@@ -1,4 +1,4 @@
-"""The choice is made by the board: int8 pays where the processor has dot products (virtual time)."""
+"""The board chooses: int8 pays where the processor has dot products (virtual time)."""
 
 import json
 from collections.abc import Iterator
