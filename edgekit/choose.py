@@ -16,6 +16,8 @@ __all__ = ["Allowed", "Choice", "Entrant", "exceeds", "over_budget", "rank", "sa
 _ROUNDING = 1e-9
 #: medians further apart than this never count as equal, however wide the interval
 _LEVEL = 1.05
+#: medians no further apart than this always do
+_SAME = 1.01
 
 Aim = Literal["latency", "size"]
 
@@ -131,11 +133,12 @@ def _is_level(one: Entrant, fastest: Entrant) -> bool:
     """Whether the noise hides any difference that would matter.
 
     A wide interval alone is no evidence of that: the median must be close, too, or a noisy
-    machine would hand the choice to something that looks 40 % slower. Without an interval (too
-    few rounds) nothing is level.
+    machine would hand the choice to something that looks 40 % slower. Within 1 % all is level: two
+    processes of one model differ by that (decision record 8), if not on an emulator. Without an
+    interval (too few rounds) nothing is level.
     """
     ratio, low, _ = _ratio(one, fastest)
-    return 0 < low <= 1.0 and ratio <= _LEVEL
+    return low > 0 and (ratio <= _SAME or (low <= 1.0 and ratio <= _LEVEL))
 
 
 def _why(winner: Entrant, fastest: Entrant, reference: Entrant, level: list[Entrant]) -> str:

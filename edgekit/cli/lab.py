@@ -25,7 +25,8 @@ def up(
     disk: int = 1024,
     json: Json = False,
 ) -> None:
-    """Start an emulated arm64 board with a real sshd, and print its TARGET.
+    """Start an emulated arm64 board with a real sshd, or a phone with a real adbd, and print its
+    TARGET.
 
     Needs root on Debian or Ubuntu. The first start installs what is missing (apt), and makes the
     board: a minute, 450 MB in the cache folder.
@@ -33,7 +34,7 @@ def up(
     Parameters
     ----------
     board
-        raspberry-pi-4 or raspberry-pi-5.
+        raspberry-pi-4, raspberry-pi-5 or android-phone.
     virtual_time
         A whole virtual machine whose clock counts instructions: latency is repeatable, and
         labelled simulated.
@@ -89,7 +90,8 @@ def _show(boards: list[Running], verb: str, *, json: bool) -> None:
 
 def _line(one: Running) -> str:
     clock = "virtual time (counts instructions)" if one.virtual_time else "emulated"
-    return f"{one.target}  {one.board}, {clock}; --python {one.python}"
+    python = f"; --python {one.python}" if one.python else ""
+    return f"{one.target}  {one.board}, {clock}{python}"
 
 
 def _facts(one: Running) -> dict[str, Any]:

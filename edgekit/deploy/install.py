@@ -30,7 +30,7 @@ from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
 from edgekit_runtime.source import processing
 
-__all__ = ["Checked", "Device", "Installed", "checked", "deploy", "send"]
+__all__ = ["Checked", "Device", "Hashed", "Installed", "checked", "deploy", "send"]
 
 _SEGMENT = 2 << 20  # of chunks that are asked about and sent at once
 _START_S, _ANSWER_S = 60.0, 120.0
@@ -61,13 +61,19 @@ sys.exit(last.main(sys.argv[1:]))
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A bundle that is sound."""
+class Hashed:
+    """A file, and what it held when it was looked at."""
 
     path: Path
-    manifest: Manifest
     sha256: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked(Hashed):
+    """A bundle that is sound."""
+
+    manifest: Manifest
 
 
 def checked(path: Path) -> Checked:
@@ -81,7 +87,7 @@ def checked(path: Path) -> Checked:
         bundle.verify()
         manifest = bundle.manifest
         processing(manifest)
-    return Checked(path, manifest, file_sha256(path), path.stat().st_size)
+    return Checked(path, file_sha256(path), path.stat().st_size, manifest)
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,7 @@ def deploy(
     sent = 0
     if state["state"] == "wanted":
         observer.phase("sending what the device lacks")
-        sent = send(one.path, sha256, device, fresh=state["fresh"], observer=observer)
+        sent = send(one, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
     device.bring()
     done = device.ask(
@@ -274,20 +280,17 @@ def deploy(
     return Installed(device.name, file, done["previous"], kind, size, sent, done["trial"])
 
 
-def send(
-    path: Path, sha256: str, device: Device, *, fresh: bool, observer: Observer | None = None
-) -> int:
+def send(bundle: Hashed, device: Device, *, fresh: bool, observer: Observer | None = None) -> int:
     """Send the chunks of a file that the device lacks (of a `fresh` one all); returns the bytes
     of them. The file is cut while what was cut before is on its way.
 
     Raises:
-        BundleError: the file has not this hash.
+        BundleError: the file is not what it was when it was checked.
         TargetError: the device refuses, or is lost.
     """
     observer = observer or Observer()
     done, sent, unheard = 0, 0, 0
-    size = path.stat().st_size
-    with _ahead(_segments(path, sha256)) as segments:
+    with _ahead(_segments(bundle)) as segments:
         for segment in segments:
             pieces = segment
             if not fresh:
@@ -301,7 +304,7 @@ def send(
                 device.hear()
                 unheard -= 1
             done += sum(one.size_bytes for one, _ in segment)
-            observer.progress("kB", done // 1000, size // 1000)
+            observer.progress("kB", done // 1000, bundle.size_bytes // 1000)
     for _ in range(unheard):
         device.hear()
     return sent
@@ -314,10 +317,10 @@ def _listed(segment: _Segment) -> list[list[Any]]:
     return [[one.sha256, one.offset, one.size_bytes] for one, _ in segment]
 
 
-def _segments(path: Path, sha256: str) -> Iterator[_Segment]:
+def _segments(bundle: Hashed) -> Iterator[_Segment]:
     found: _Segment = []
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with bundle.path.open("rb") as file:
         for one, held in chunks_in(file):
             digest.update(held)
             found.append((one, held))
@@ -325,8 +328,8 @@ def _segments(path: Path, sha256: str) -> Iterator[_Segment]:
             if size >= _SEGMENT:
                 yield found
                 found, size = [], 0
-    if digest.hexdigest() != sha256:
-        raise BundleError(f"{path} changed while it was sent; nothing was activated")
+    if digest.hexdigest() != bundle.sha256:
+        raise BundleError(f"{bundle.path} changed while it was sent; nothing was activated")
     if found:
         yield found
 

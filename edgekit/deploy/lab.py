@@ -1,4 +1,5 @@
-"""Boards without hardware: arm64 Debian with a real sshd, under emulation on this machine.
+"""Boards without hardware: arm64 Debian with a real sshd, and a phone with a real adbd, under
+emulation on this machine.
 
 A board is made once, in `edgekit/lab` of the cache folder, and starts in a second or two. Its key
 and its host's key are the lab's own: `SshTransport` uses them for the addresses in `running`.
@@ -25,10 +26,14 @@ from edgekit.cache import default_root, write_atomically
 from edgekit.errors import MissingToolError, TargetError, UsageError
 from edgekit.observer import Observer
 
-__all__ = ["BOARDS", "Board", "Keys", "Running", "down", "keys_for", "lab_root", "running", "up"]
+__all__ = [
+    "BOARDS", "PHONE", "Board", "Keys", "Running", "down", "keys_for", "lab_root", "running", "up",
+]  # fmt: skip
 
 _SCRIPTS = Path(__file__).parent / "lab_scripts"
-_ROOT_BYTES, _VM_BYTES = 700 << 20, 1500 << 20  # of disk, each with some room
+#: the board that has adbd in place of sshd, and no Python
+PHONE = "android-phone"
+_ROOT_BYTES, _VM_BYTES, _PHONE_BYTES = 700 << 20, 1500 << 20, 200 << 20  # of disk, with some room
 _VM_MEMORY_MB = 768
 _FIRST_PORT = 2240
 
@@ -60,13 +65,19 @@ BOARDS = {
             "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm "
             "lrcpc dcpop asimddp",
         ),
+        Board(
+            PHONE, "EdgeKit Emulated Phone", "cortex-a76", "0x00000000413fd0b1", "0xd0b", "1",
+            "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm "
+            "lrcpc dcpop asimddp",
+        ),
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Running:
-    """A board that is up. `virtual_time`: its clock counts instructions."""
+    """A board that is up. `virtual_time`: its clock counts instructions. The `port` of a phone is
+    a number only: it has a network, and an address, of its own."""
 
     board: str
     pid: int
@@ -77,12 +88,14 @@ class Running:
     @property
     def target(self) -> str:
         """What to give to `--to` and `--on`."""
+        if self.board == PHONE:
+            return f"adb:10.213.{self.port - _FIRST_PORT}.2:5555"
         return f"ssh://pi@127.0.0.1:{self.port}"
 
     @property
-    def python(self) -> str:
-        """The interpreter there that has the engines."""
-        return "/opt/edge/bin/python3"
+    def python(self) -> str | None:
+        """The interpreter there that has the engines, None on a phone."""
+        return None if self.board == PHONE else "/opt/edge/bin/python3"
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,10 @@ def up(
     _check_host()
     folder, chosen = lab_root(), BOARDS[board]
     with _locked(folder):
+        if board == PHONE:
+            if virtual_time or keep is not None:
+                raise UsageError(f"{PHONE} is no virtual machine: without --virtual-time")
+            return _phone_up(folder, chosen, disk_mb, observer)
         root, machine = folder / "board-arm64", folder / "vm-arm64"
         if not root.is_dir():
             _check_room(folder, _ROOT_BYTES)
@@ -142,15 +159,39 @@ def up(
                 keep or "-", log,
             )  # fmt: skip
         else:
-            facts = folder / "facts" / board
-            facts.mkdir(parents=True, exist_ok=True)
-            _script(
-                "facts.sh", facts, chosen.midr, chosen.part, chosen.revision, chosen.features,
-                chosen.model,
-            )  # fmt: skip
+            facts = _facts(folder, chosen)
             pid = _script("board_up.sh", root, facts, port, chosen.cpu, board, disk_mb, log)
-        one = Running(board, int(pid), port, virtual_time, _started(int(pid)))
-        write_atomically(log.with_suffix(".json"), json.dumps(asdict(one)).encode())
+        return _noted(Running(board, int(pid), port, virtual_time, _started(int(pid))), log)
+
+
+def _phone_up(folder: Path, chosen: Board, disk_mb: int, observer: Observer) -> Running:
+    root = folder / "phone-arm64"
+    if not root.is_dir():
+        _check_room(folder, _PHONE_BYTES)
+        observer.phase("making the phone (once; some seconds)")
+        _script("make_phone.sh", root)
+    port = _free_port({one.port for one in running()})
+    log = folder / "run" / f"{port}.log"
+    log.parent.mkdir(exist_ok=True)
+    observer.phase(f"starting {PHONE}")
+    facts = _facts(folder, chosen)
+    number = port - _FIRST_PORT
+    pid = _script("phone_up.sh", root, facts, number, chosen.cpu, disk_mb, log)
+    return _noted(Running(PHONE, int(pid), port, False, _started(int(pid))), log)
+
+
+def _facts(folder: Path, chosen: Board) -> Path:
+    """The folder of the files a board is known by."""
+    facts = folder / "facts" / chosen.id
+    facts.mkdir(parents=True, exist_ok=True)
+    _script(
+        "facts.sh", facts, chosen.midr, chosen.part, chosen.revision, chosen.features, chosen.model
+    )
+    return facts
+
+
+def _noted(one: Running, log: Path) -> Running:
+    write_atomically(log.with_suffix(".json"), json.dumps(asdict(one)).encode())
     return one
 
 
@@ -184,6 +225,9 @@ def down(board: str | None = None) -> list[Running]:
                 break
             time.sleep(0.05)
         (lab_root() / "run" / f"{one.port}.json").unlink(missing_ok=True)
+        if one.board == PHONE:  # its network goes with it
+            name = f"edgekit-phone-{one.port - _FIRST_PORT}"
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return off
 
 

@@ -19,6 +19,7 @@ __all__ = ["Completed", "Conversation", "Ended", "Transport", "connect"]
 _TRANSPORTS = {
     "local": ("edgekit.deploy.local", "LocalTransport"),
     "ssh": ("edgekit.deploy.ssh", "SshTransport"),
+    "adb": ("edgekit.deploy.adb", "AdbTransport"),
 }
 
 
@@ -165,16 +166,18 @@ class Transport(ABC):
 
 
 def connect(target: str, *, accept_new_host_key: bool = False) -> Transport:
-    """A connection to `local` or `ssh://user@host:port`. With `accept_new_host_key` a host that
-    known_hosts does not know is added to it; one whose key has changed never is.
+    """A connection to `local`, `ssh://user@host:port` or `adb:SERIAL`. With `accept_new_host_key` a
+    host that known_hosts does not know is added to it; one whose key has changed never is.
 
     Raises:
         UsageError: not a target this version knows.
         TargetError: it cannot be reached, or does not let us in.
     """
-    scheme = target.partition("://")[0] if "://" in target else target
-    if scheme not in _TRANSPORTS or (scheme == "local") is not (target == "local"):
-        raise UsageError(f"no target {target!r}; known: local, ssh://user@host:port")
+    scheme = target.partition(":")[0]
+    begins = {"local": "local", "ssh": "ssh://", "adb": "adb:"}.get(scheme, scheme)
+    wrong = not target.startswith(begins) or (scheme == "local" and target != "local")
+    if scheme not in _TRANSPORTS or wrong:
+        raise UsageError(f"no target {target!r}; known: local, ssh://user@host:port, adb:SERIAL")
     module, name = _TRANSPORTS[scheme]
     kind = getattr(importlib.import_module(module), name)
     options = {"accept_new_host_key": accept_new_host_key} if scheme == "ssh" else {}

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from edgekit.cache import file_sha256
-from edgekit.deploy.install import Device, send
+from edgekit.deploy.install import Device, Hashed, send
 from edgekit.deploy.runner import Done, Runner, Talk, checked
 from edgekit.deploy.transport import Transport
 from edgekit.errors import ChildError, EdgeKitError, TargetError
@@ -99,9 +99,8 @@ class Workbench(Device, Runner):
             raise TargetError(f"{file} is empty")
         state = self.ask("begin", file=name, sha256=sha256, size=size)
         if state["state"] == "wanted":
-            self.sent_bytes += send(
-                file, sha256, self, fresh=state["fresh"], observer=self._observer
-            )
+            whole = Hashed(file, sha256, size)
+            self.sent_bytes += send(whole, self, fresh=state["fresh"], observer=self._observer)
             self.ask("keep", file=name, sha256=sha256)
 
     def run(self, verb: Sequence[str], *, timeout_s: float = _SLOW_S, cold: bool = False) -> Done:

@@ -239,12 +239,12 @@ class _Job:
             found["threads"], found["streams"] = self.contender.threads, worker.hello["streams"]
             start = time.monotonic()
             while (passed := time.monotonic() - start) < bench.budget_s or not samples:
-                before = (time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0)
                 try:
                     if passed - looked >= 1:
                         looked = passed
                         self.out.moments.append(bench.site.moment())
                         self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
+                    before = time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0
                     block = worker.take(0.1, most=20_000)
                 except EdgeKitError as error:
                     if not samples:

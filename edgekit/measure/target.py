@@ -18,7 +18,9 @@ from edgekit.facts import Facts, facts_script, profile_of, read_facts
 from edgekit.measure.site import HERE, Site, There
 from edgekit.observer import Observer
 
-__all__ = ["Target", "facts_of", "label_of", "open_site"]
+__all__ = [
+    "EMULATED", "INSTRUCTIONS", "Target", "TargetSite", "facts_of", "label_of", "open_site",
+]  # fmt: skip
 
 _SLOW_S = 300.0  # an emulated board takes minutes for what a device does in a second
 #: labels of latencies that are not those of hardware

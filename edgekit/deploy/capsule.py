@@ -1,0 +1,164 @@
+"""The native runner, an engine and a C library in one folder, for devices without Python.
+
+Built on this machine: the runner from its sources with a cross compiler, ONNX Runtime's library out
+of its wheel, glibc and libstdc++ out of Debian's packages. What is in a capsule names it; a device
+keeps one, and every bundle there uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from edgekit.cache import Cache, content_key, file_sha256
+from edgekit.errors import MissingToolError
+from edgekit.observer import Observer
+from edgekit.sandbox import child_environment
+
+__all__ = ["Capsule", "capsule", "native_sources", "runner_command"]
+
+#: of this SDK's tests; any from 1.21 on has the API that the runner asks for
+_ENGINE_VERSION = "1.31.1"
+_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
+_LOADER = "ld-linux-aarch64.so.1"
+#: what the runner and the engine are linked to; not one more
+_LIBRARIES = (
+    _LOADER, "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1",
+    "libstdc++.so.6", "libgcc_s.so.1",
+)  # fmt: skip
+_TOOLS = {
+    "make": "make", "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu", "dpkg-deb": "dpkg",
+    "apt-get": "apt",
+}  # fmt: skip
+_BUILD_S = 900
+
+
+@dataclass(frozen=True)
+class Capsule:
+    """A capsule that is built: `name` on devices, and its files by their path in it."""
+
+    name: str
+    folder: Path
+    engine: str
+    engine_version: str
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Path in the capsule -> file here."""
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def capsule(observer: Observer | None = None) -> Capsule:
+    """The capsule for 64-bit Arm, built first if it is not in the cache (a minute or two).
+
+    Raises:
+        MissingToolError: this machine has no compiler for Arm, or a download failed.
+    """
+    observer = observer or Observer()
+    version = _engine_version()
+    sources = native_sources()
+    texts = sorted(path for path in sources.iterdir() if path.is_file())
+    key = content_key(kind="capsule", recipe=1, engine=version, sources=file_sha256(*texts))
+
+    def make(folder: Path) -> None:
+        _need_tools()
+        observer.phase("building the runner for Arm, with what it needs of Debian (once)")
+        build = folder / "build"
+        _run(["make", "-C", str(sources), f"BUILD={build}", "aarch64"], "the runner")
+        whole = folder / "capsule"
+        (whole / "lib").mkdir(parents=True)
+        shutil.copy(build / "aarch64" / "edgekit-run", whole / "edgekit-run")
+        for name in _LIBRARIES:
+            shutil.copy(_library(build / "debian", name), whole / "lib" / name)
+        observer.phase(f"fetching onnxruntime {version} for Arm")
+        (whole / "lib" / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+        for path in whole.rglob("*"):
+            path.chmod(0o755)
+        for left in (build, folder / "wheels"):
+            shutil.rmtree(left)
+
+    made = Cache().folder(key, make) / "capsule"
+    listed = [path for path in sorted(made.rglob("*")) if path.is_file()]
+    digest = hashlib.sha256()
+    for path in listed:
+        digest.update(f"{path.relative_to(made).as_posix()} {file_sha256(path)}\n".encode())
+    return Capsule(f"capsule-{digest.hexdigest()[:16]}", made, "onnxruntime", version)
+
+
+def native_sources() -> Path:
+    """The folder of the runner's sources: in the repository, or in the installed package.
+
+    Raises:
+        MissingToolError: they are in neither.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "native", here.parents[1] / "runtime" / "native"):
+        if (folder / "main.c").is_file():
+            return folder
+    raise MissingToolError("the sources of the native runner are not here; install EdgeKit again")
+
+
+def runner_command(folder: str) -> list[str]:
+    """What starts the runner of a capsule in a folder on a device, with its own C library."""
+    loader = [f"{folder}/lib/{_LOADER}", "--inhibit-cache", "--library-path", f"{folder}/lib"]
+    return [*loader, f"{folder}/edgekit-run"]
+
+
+def _engine_version() -> str:
+    try:
+        return metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:
+        return _ENGINE_VERSION
+
+
+def _need_tools() -> None:
+    missing = [package for tool, package in _TOOLS.items() if shutil.which(tool) is None]
+    if missing:
+        raise MissingToolError(
+            "the native runner is built with Debian's cross compiler, and here is no "
+            f"{', '.join(missing)}: apt-get install {' '.join(missing)} libc6-dev-arm64-cross"
+        )
+
+
+def _library(root: Path, name: str) -> Path:
+    for folder in ("usr/lib/aarch64-linux-gnu", "lib/aarch64-linux-gnu", "usr/lib", "lib"):
+        if (root / folder / name).is_file():
+            return root / folder / name
+    raise MissingToolError(f"Debian's packages for Arm hold no {name}")
+
+
+def _engine(version: str, work: Path) -> bytes:
+    """The C library out of the wheel."""
+    line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+            "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", "3.11",
+            "--dest", str(work)]  # fmt: skip
+    for one in _PLATFORMS:
+        line += ["--platform", one]
+    _run([*line, f"onnxruntime=={version}"], f"onnxruntime {version} for aarch64")
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        (inside,) = (n for n in opened.namelist() if "/capi/libonnxruntime.so" in n)
+        return opened.read(inside)
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=_BUILD_S,
+        env=child_environment(),
+    )  # fmt: skip
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        errors = [line for line in said if "error" in line.lower()] or said
+        raise MissingToolError(f"{what} cannot be had: {errors[0][:200] if errors else 'no word'}")
