@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import platform
-import shlex
-from pathlib import Path
 from typing import Self
 
 from edgekit.cache import file_sha256
