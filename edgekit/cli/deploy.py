@@ -15,6 +15,7 @@ from edgekit.cli.console import TerminalObserver, print_json, seconds, size, std
 from edgekit.deploy import connect
 from edgekit.deploy.install import Device, checked
 from edgekit.deploy.install import deploy as install
+from edgekit.deploy.phone import device_on
 from edgekit.errors import UsageError
 from edgekit.measure.target import Target, open_site
 
@@ -49,7 +50,7 @@ def deploy(
     bundle
         A bundle (.edgekit).
     to
-        local or ssh://user@host:port.
+        local, ssh://user@host:port or adb:SERIAL.
     as_
         The name to install it under; the bundle's own otherwise.
     python
@@ -118,7 +119,7 @@ def status(
     Parameters
     ----------
     to
-        local or ssh://user@host:port.
+        local, ssh://user@host:port or adb:SERIAL.
     as_
         The name it was installed under.
     python
@@ -160,7 +161,7 @@ def rollback(
     Parameters
     ----------
     to
-        local or ssh://user@host:port.
+        local, ssh://user@host:port or adb:SERIAL.
     as_
         The name it was installed under.
     python
@@ -191,7 +192,7 @@ def gc(
     Parameters
     ----------
     to
-        local or ssh://user@host:port.
+        local, ssh://user@host:port or adb:SERIAL.
     as_
         The name they were installed under.
     python
@@ -214,8 +215,9 @@ def _device(
     to: str, name: str, python: str | None, root: str | None, *, accept: bool = False
 ) -> Iterator[Device]:
     with (
+        TerminalObserver() as observer,
         connect(to, accept_new_host_key=accept) as transport,
-        Device(transport, name, root=root, python=python) as device,
+        device_on(transport, name, root=root, python=python, observer=observer) as device,
     ):
         yield device
 

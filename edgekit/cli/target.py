@@ -20,7 +20,7 @@ class TargetOptions:
     Parameters
     ----------
     on
-        Where to measure: local or ssh://user@host:port.
+        Where to measure: local, ssh://user@host:port or adb:SERIAL.
     python
         The interpreter on the target that has numpy and an engine; python3 otherwise.
     root

@@ -21,7 +21,10 @@ from edgekit.errors import MissingToolError
 from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 
-__all__ = ["Capsule", "capsule", "native_sources", "runner_command"]
+__all__ = [
+    "Capsule", "capsule", "engine_version", "native_runner", "native_sources",
+    "runner_command",
+]  # fmt: skip
 
 #: of this SDK's tests; any from 1.21 on has the API that the runner asks for
 _ENGINE_VERSION = "1.31.1"
@@ -36,6 +39,7 @@ _TOOLS = {
     "make": "make", "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu", "dpkg-deb": "dpkg",
     "apt-get": "apt",
 }  # fmt: skip
+_PACKAGES = ("libonnxruntime-dev", "libc6", "libstdc++6", "libgcc-s1")
 _BUILD_S = 900
 
 
@@ -67,27 +71,20 @@ def capsule(observer: Observer | None = None) -> Capsule:
         MissingToolError: this machine has no compiler for Arm, or a download failed.
     """
     observer = observer or Observer()
-    version = _engine_version()
-    sources = native_sources()
-    texts = sorted(path for path in sources.iterdir() if path.is_file())
-    key = content_key(kind="capsule", recipe=1, engine=version, sources=file_sha256(*texts))
+    version, sources = engine_version(), native_sources()
+    key = content_key(kind="capsule", recipe=3, engine=version, sources=_sources_hash(sources))
 
     def make(folder: Path) -> None:
-        _need_tools()
-        observer.phase("building the runner for Arm, with what it needs of Debian (once)")
-        build = folder / "build"
-        _run(["make", "-C", str(sources), f"BUILD={build}", "aarch64"], "the runner")
+        runner = native_runner("aarch64", observer)
+        parts = _parts(version, sources, observer)
         whole = folder / "capsule"
         (whole / "lib").mkdir(parents=True)
-        shutil.copy(build / "aarch64" / "edgekit-run", whole / "edgekit-run")
+        shutil.copy(runner, whole / "edgekit-run")
         for name in _LIBRARIES:
-            shutil.copy(_library(build / "debian", name), whole / "lib" / name)
-        observer.phase(f"fetching onnxruntime {version} for Arm")
-        (whole / "lib" / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+            shutil.copy(_library(parts / "debian", name), whole / "lib" / name)
+        shutil.copy(parts / "libonnxruntime.so.1", whole / "lib" / "libonnxruntime.so.1")
         for path in whole.rglob("*"):
             path.chmod(0o755)
-        for left in (build, folder / "wheels"):
-            shutil.rmtree(left)
 
     made = Cache().folder(key, make) / "capsule"
     listed = [path for path in sorted(made.rglob("*")) if path.is_file()]
@@ -95,6 +92,31 @@ def capsule(observer: Observer | None = None) -> Capsule:
     for path in listed:
         digest.update(f"{path.relative_to(made).as_posix()} {file_sha256(path)}\n".encode())
     return Capsule(f"capsule-{digest.hexdigest()[:16]}", made, "onnxruntime", version)
+
+
+def native_runner(machine: str, observer: Observer | None = None) -> Path:
+    """The runner alone, for `x86_64` or `aarch64`, or as `make` calls its other builds: `sanitized`
+    and `fuzz`; built first if it is not in the cache.
+
+    Raises:
+        MissingToolError: as `capsule`.
+    """
+    observer, sources, version = observer or Observer(), native_sources(), engine_version()
+    key = content_key(kind="native-runner", target=machine, sources=_sources_hash(sources))
+
+    def make(folder: Path) -> None:
+        _need_tools()
+        headers = _parts(version, sources, observer) / "debian/usr/include/onnxruntime"
+        observer.phase(f"building the runner for {machine} (once)")
+        _run(["make", "-C", str(sources), f"BUILD={folder}", f"HEADERS={headers}", machine],
+             "the runner")  # fmt: skip
+
+    (found,) = (Cache().folder(key, make) / machine).glob("edgekit-*")
+    return found
+
+
+def _sources_hash(sources: Path) -> str:
+    return file_sha256(*sorted(path for path in sources.iterdir() if path.is_file()))
 
 
 def native_sources() -> Path:
@@ -116,11 +138,27 @@ def runner_command(folder: str) -> list[str]:
     return [*loader, f"{folder}/edgekit-run"]
 
 
-def _engine_version() -> str:
+def engine_version() -> str:
+    """That of the ONNX Runtime in the capsule: the one installed here, or the tests'."""
     try:
         return metadata.version("onnxruntime")
     except metadata.PackageNotFoundError:
         return _ENGINE_VERSION
+
+
+def _parts(version: str, sources: Path, observer: Observer) -> Path:
+    """What others made: Debian's libraries and headers, the engine."""
+    script = sources / "debian.sh"
+    key = content_key(kind="capsule-parts", recipe=1, engine=version, script=file_sha256(script))
+
+    def make(folder: Path) -> None:
+        observer.phase(f"fetching onnxruntime {version} and Debian's C library for Arm (once)")
+        _run(["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages")
+        (folder / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+        for left in ("wheels", "debian/usr/share", "debian/usr/lib/aarch64-linux-gnu/gconv"):
+            shutil.rmtree(folder / left, ignore_errors=True)
+
+    return Cache().folder(key, make)
 
 
 def _need_tools() -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import getpass
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Self
 
 from edgekit.cache import file_sha256
 from edgekit.deploy.adb import AdbTransport
 from edgekit.deploy.capsule import Capsule, capsule, runner_command
 from edgekit.deploy.install import Device
+from edgekit.deploy.runner import Done
 from edgekit.deploy.transport import Transport
 from edgekit.deploy.workbench import Workbench
-from edgekit.errors import TargetError
+from edgekit.errors import TargetError, UsageError
 from edgekit.observer import Observer
 
-__all__ = ["ROOT", "Phone", "PhoneWorkbench", "bring_capsule"]
+__all__ = ["ROOT", "Phone", "PhoneWorkbench", "bring_capsule", "device_on"]
 
 #: where a shell on Android may write and run programs
 ROOT = "/data/local/tmp/edgekit"
-_START_S, _TRY_S = 60.0, 300
+_START_S, _TRY_S, _SLOW_S = 60.0, 300, 300.0
 
 
 def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Observer) -> str:
@@ -57,8 +60,6 @@ def _compare(transport: Transport, one: Capsule, folder: str) -> None:
 
 
 def _remove(transport: Transport, folder: str) -> None:
-    from contextlib import suppress
-
     with suppress(TargetError):
         transport.run(["rm", "-rf", folder], timeout_s=_START_S)
 
@@ -85,10 +86,7 @@ class Phone(Device):
         self._watcher = observer or Observer()
 
     def __enter__(self) -> Self:
-        self._check_machine()
-        one = capsule(self._watcher)
-        self.runtime = one.name
-        self.program = runner_command(bring_capsule(self.transport, self._root, one, self._watcher))
+        self.program = self._bring_program()
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
         self._talk = self.transport.converse(
             [*self.program, "desk", self._root, self.name, owner]
@@ -110,12 +108,36 @@ class Phone(Device):
         line = [*self.program, "trial", "{bundle}", "--timeout", str(_TRY_S)]
         return line + (["--max-latency-ns", str(max_latency_ns)] if max_latency_ns else [])
 
-    def _check_machine(self) -> None:
+    def _bring_program(self) -> list[str]:
+        """Have the runner there; returns what starts it."""
         machine = _must(self.transport, ["uname", "-m"]).strip()
         if machine not in ("aarch64", "arm64"):
             raise TargetError(
                 f"{self.transport.target}: it is {machine}; the native runner is for 64-bit Arm"
             )
+        one = capsule(self._watcher)
+        self.runtime = one.name
+        return runner_command(bring_capsule(self.transport, self._root, one, self._watcher))
+
+
+@contextmanager
+def device_on(
+    transport: Transport, name: str, *, root: str | None, python: str | None, observer: Observer
+) -> Iterator[Device]:
+    """What installs under a name on a target: Python there, or on adb targets the native runner.
+
+    Raises:
+        UsageError: an interpreter is named for a device without Python.
+        TargetError: the device is not fit, or lost.
+    """
+    if not isinstance(transport, AdbTransport):
+        with Device(transport, name, root=root, python=python) as device:
+            yield device
+        return
+    if python is not None:
+        raise UsageError("--python is for targets with Python; adb targets get the native runner")
+    with Phone(transport, name, root=root, observer=observer) as phone:
+        yield phone
 
 
 class PhoneWorkbench(Phone, Workbench):
@@ -127,5 +149,8 @@ class PhoneWorkbench(Phone, Workbench):
         Workbench.__init__(self, transport, root=root or ROOT, python="", observer=observer)
         self._watcher = observer or Observer()
 
-    def command(self, verb: list[str]) -> list[str]:  # type: ignore[override]
+    def command(self, verb: Sequence[str]) -> list[str]:
         return [*self.program, *verb]
+
+    def run(self, verb: Sequence[str], *, timeout_s: float = _SLOW_S, cold: bool = False) -> Done:
+        return self.call(self.command(verb), timeout_s=timeout_s)  # its clock starts with it

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from edgekit.deploy import connect, lab
+from edgekit.deploy.phone import PhoneWorkbench
 from edgekit.deploy.provision import bring_packages, missing_packages
 from edgekit.deploy.runner import Runner
 from edgekit.deploy.transport import Transport
 from edgekit.deploy.workbench import Workbench
 from edgekit.device import DeviceProfile
-from edgekit.errors import TargetError
+from edgekit.errors import TargetError, UsageError
 from edgekit.facts import Facts, facts_script, profile_of, read_facts
+from edgekit.measure.android import RUNNER_ENGINE, android_state, with_runner
+from edgekit.measure.conditions import Moment
 from edgekit.measure.site import HERE, Site, There
 from edgekit.observer import Observer
 
@@ -55,6 +59,9 @@ def facts_of(transport: Transport, python: str) -> Facts:
 
 def label_of(target: str) -> str:
     """`measured`, unless it is a board of the lab."""
+    if any(one.target == target for one in lab.running()):
+        one = next(one for one in lab.running() if one.target == target)
+        return INSTRUCTIONS if one.virtual_time else EMULATED
     with suppress(ValueError):
         place = urlsplit(target)
         for one in lab.running():
@@ -116,6 +123,60 @@ class TargetSite(There):
             yield bench
 
 
+class PhoneSite(There):
+    """A device without Python: the native runner and its one engine are brought."""
+
+    def __init__(self, target: Target, profile: DeviceProfile) -> None:
+        super().__init__(self._open, profile, target="adb", label=label_of(target.name))
+        self._where, self._observer = target, Observer()
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """The engine of the runner: distribution -> version."""
+        return {name: str(facts.version) for name, facts in self.profile.engines.items()}
+
+    def fault_of(self, engine: str) -> str | None:
+        return None if engine == RUNNER_ENGINE else f"the native runner has no {engine}"
+
+    def need(self, engines: Sequence[str], observer: Observer) -> None:
+        """Have the runner there, with these engines.
+
+        Raises:
+            TargetError: it has others.
+        """
+        self._observer = observer
+        for engine in engines:
+            if fault := self.fault_of(engine):
+                raise TargetError(
+                    f"{self._where.name}: {fault}, only {RUNNER_ENGINE}: give it an ONNX model or "
+                    f"variant (--engine {RUNNER_ENGINE})"
+                )
+
+    def conditions(self) -> dict[str, Any]:
+        return super().conditions() | android_state(self._say)
+
+    def moment(self, *, watch_s: float = 0.0) -> Moment:
+        found = super().moment(watch_s=watch_s)
+        said = android_state(self._say)
+        slowed = [] if not said["thermal_status"] else [f"thermal status {said['thermal_status']}"]
+        return replace(
+            found, battery=found.battery or said["battery"], throttled=[*found.throttled, *slowed]
+        )
+
+    def _say(self, service: str) -> str:
+        bench = self.runner
+        assert isinstance(bench, PhoneWorkbench)  # noqa: S101  (this class opens no other)
+        return bench.call(["dumpsys", service], timeout_s=60.0).out
+
+    @contextmanager
+    def _open(self) -> Iterator[Runner]:
+        with (
+            connect(self._where.name) as transport,
+            PhoneWorkbench(transport, root=self._where.root, observer=self._observer) as bench,
+        ):
+            yield bench
+
+
 def open_site(target: Target, observer: Observer) -> Site:
     """This machine for `local`; else a target, of which the facts were read.
 
@@ -128,6 +189,8 @@ def open_site(target: Target, observer: Observer) -> Site:
     python = target.python or "python3"
     with connect(target.name, accept_new_host_key=target.accept_new_host_key) as transport:
         facts = facts_of(transport, python)
+    if target.name.startswith("adb:"):
+        return _phone_site(target, facts)
     if facts.python is None:
         why = "; ".join(facts.faults) or "no Python"
         raise TargetError(
@@ -139,3 +202,14 @@ def open_site(target: Target, observer: Observer) -> Site:
         profile_of(facts, profile_id="target", name=name, kind="board")
     )
     return TargetSite(target, facts, profile)
+
+
+def _phone_site(target: Target, facts: Facts) -> PhoneSite:
+    if target.python is not None or target.provision:
+        raise UsageError(
+            "--python and --provision are for targets with Python; adb targets get the native "
+            "runner"
+        )
+    name = facts.model or facts.soc or facts.cpu or facts.arch
+    tables = profile_of(facts, profile_id="target", name=name, kind="phone")
+    return PhoneSite(target, DeviceProfile.model_validate(with_runner(tables)))

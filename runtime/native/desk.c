@@ -30,6 +30,7 @@
 enum {
     MAX_TRIES = 3, MAX_CHUNK = 1 << 20, MOST_READ = 1 << 16, MOST_CHILDREN = 64, MAX_CHUNKS = 1 << 20,
 };
+static const double SLOWEST = 1e6;           // bytes a second that an old card writes
 static const int64_t SPARE = 1 << 20;        // bytes of disk, for what is not the bundle
 static const int64_t KEPT_BYTES = 256 << 20; // of files that were measured, for the next time
 
@@ -86,7 +87,10 @@ static int by_offset(const void *a, const void *b) {
 static void change(void) {
     place_make(place);
     place_lock(place, owner, true);
+    wire_be_strict();
 }
+
+static void listen(void) { wire_wait(-1, 0); }
 
 // --- what is installed --------------------------------------------------------------------------
 
@@ -190,7 +194,7 @@ static void make_part(void) {
 }
 
 static bool is_there(const char *file, const char *sha256) {
-    return !strcmp(hash_of(take_format("%s/%s", place->versions, file), 0, -1), sha256);
+    return !strcmp(hash_of(take_format("%s/%s", place->versions, file), 0, -1, listen), sha256);
 }
 
 static void do_begin(const struct json *request, struct text *answer) {
@@ -268,7 +272,7 @@ static char *known_chunk(const char *sha256, int64_t size, int64_t *offset) {
 static bool copy_chunk(int handle, const char *sha256, int64_t offset, int64_t size) {
     int64_t from;
     char *path = known_chunk(sha256, size, &from);
-    if (!path || from < 0 || strcmp(hash_of(path, from, size), sha256))
+    if (!path || from < 0 || strcmp(hash_of(path, from, size, NULL), sha256))
         return false;
     char *bytes = take((size_t)size);
     int source = open(path, O_RDONLY | O_CLOEXEC);
@@ -298,8 +302,9 @@ static void do_have(const struct json *request, struct text *answer) {
         const struct json *one = chunks->items[i].items;
         const char *sha256 = one[0].text;
         int64_t offset = one[1].integer, size = one[2].integer;
+        listen();
         bool here = fits_part(offset, size) &&
-                    ((!part_empty && !strcmp(hash_of(part, offset, size), sha256)) ||
+                    ((!part_empty && !strcmp(hash_of(part, offset, size, NULL), sha256)) ||
                      copy_chunk(handle, sha256, offset, size));
         if (here) {
             add_chunk(&got, sha256, offset, size);
@@ -489,6 +494,7 @@ static void do_commit(const struct json *request, struct text *answer) {
     const char *active = place_state(place).active;
     if (*part) {
         check_whole();
+        place_heard(place, (double)part_size / SLOWEST);
         sync_part();
     }
     place_note(place, "trial", file, sha256);
@@ -513,11 +519,12 @@ static void do_commit(const struct json *request, struct text *answer) {
     text_add(answer, verdict.text, strlen(verdict.text));
 }
 
-static void roll_back(struct text *answer) {
+static void roll_back(struct text *answer, bool beats) {
     struct state state = place_state(place);
     if (!state.previous)
         fail(UNUSABLE, "there is no version before to go back to");
-    change();
+    place_make(place);
+    place_lock(place, owner, beats);
     place_clear(place, NULL);
     place_switch(place, state.previous, NULL);
     text_json_member(answer, "active", state.previous);
@@ -527,7 +534,7 @@ static void roll_back(struct text *answer) {
 static void do_rollback(const struct json *request, struct text *answer) {
     (void)request;
     ok(answer);
-    roll_back(answer);
+    roll_back(answer, true);
 }
 
 static void do_gc(const struct json *request, struct text *answer) {
@@ -845,7 +852,7 @@ static void serve_one(const struct fault *broken) {
 
 static void heard(void) {
     if (place)
-        place_heard(place);
+        place_heard(place, 0);
 }
 
 static void ended(void) {
@@ -932,7 +939,7 @@ int verb_install(const struct arguments *given) {
     place_make(place);
     place_lock(place, owner, false);
     place_clear(place, NULL);
-    const char *sha256 = hash_of(given->model, 0, -1), *active = place_state(place).active;
+    const char *sha256 = hash_of(given->model, 0, -1, NULL), *active = place_state(place).active;
     check_tries(sha256);
     snprintf(part, sizeof part, "%s/%s.part", place->incoming, sha256);
     place_note(place, "receiving", file, sha256);
@@ -963,7 +970,8 @@ int verb_activate(const struct arguments *given) {
         found |= !strcmp(all.items[i], file);
     if (!found)
         fail(UNUSABLE, "%s is not installed under '%s'; install it first", file, place->name);
-    change();
+    place_make(place);
+    place_lock(place, owner, false);
     place_clear(place, NULL);
     place_activate(place, file);
     text_format(&answer, "{\"schema\": \"edgekit.activate/1\"");
@@ -977,7 +985,7 @@ int verb_rollback(const struct arguments *given) {
     struct text answer = {0};
     by_hand(given, given->model);
     text_format(&answer, "{\"schema\": \"edgekit.rollback/1\"");
-    roll_back(&answer);
+    roll_back(&answer, false);
     say(&answer);
     return 0;
 }

@@ -131,7 +131,7 @@ void remove_tree(const char *path) {
     rmdir(path);
 }
 
-const char *hash_of(const char *path, int64_t offset, int64_t size) {
+const char *hash_of(const char *path, int64_t offset, int64_t size, void (*between)(void)) {
     enum { PIECE = 1 << 18 };
     struct sha256 hash;
     char *found = take(65);
@@ -147,6 +147,8 @@ const char *hash_of(const char *path, int64_t offset, int64_t size) {
         if (got <= 0)
             break;
         sha256_add(&hash, piece, (size_t)got);
+        if (between)
+            between();
         offset += got;
         size -= size < 0 ? 0 : got;
     }
@@ -262,12 +264,12 @@ void place_lock(struct place *place, const char *owner, bool beats) {
     lock_owner = owner;
     lock_beats = beats;
     lock_written = 0;
-    place_heard(place);
+    place_heard(place, 0);
 }
 
-void place_heard(struct place *place) {
+void place_heard(struct place *place, double ahead_s) {
     int64_t now = clock_ns();
-    if (place->lock < 0 || (lock_written && now - lock_written < 1000000000))
+    if (place->lock < 0 || (lock_written && now - lock_written < 1000000000 && ahead_s <= 0))
         return;
     void *mark = memory_mark();
     lock_written = now;
@@ -278,7 +280,7 @@ void place_heard(struct place *place) {
     text_json_member(&text, "born", born(getpid()));
     text_json_key(&text, "heard");
     if (lock_beats)
-        text_json_number(&text, (double)now / 1e9);
+        text_json_number(&text, (double)now / 1e9 + ahead_s);
     else
         text_add(&text, "null", 4);
     text_add(&text, "}", 1);

@@ -36,7 +36,8 @@ struct place *place_of(const char *root, const char *name);
 void place_make(struct place *place); // its folders, on the disk
 // Taken until this process ends; fails with TARGET if another has it, and names who that is.
 void place_lock(struct place *place, const char *owner, bool beats);
-void place_heard(struct place *place); // the host lives
+// The host lives; `ahead_s`: and what is done next lets nothing be heard for so long.
+void place_heard(struct place *place, double ahead_s);
 struct state place_state(const struct place *place);
 void place_switch(const struct place *place, const char *file, const char *previous);
 void place_activate(const struct place *place, const char *file);
@@ -55,5 +56,6 @@ int64_t size_of(const char *path); // -1 without
 void make_folders(const char *path);
 void remove_file(const char *path);
 void remove_tree(const char *path);
-// The SHA-256 of a file, or of a piece of it; "" where it cannot be read.
-const char *hash_of(const char *path, int64_t offset, int64_t size);
+// The SHA-256 of a file, or of a piece of it (`size` -1: to its end); "" where it cannot be read.
+// `between` is called now and then, NULL: nothing is.
+const char *hash_of(const char *path, int64_t offset, int64_t size, void (*between)(void));

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -11,19 +12,26 @@
 #include "fail.h"
 #include "memory.h"
 
-enum { IDLE_MS = 20000, PIECE = 1 << 16, MAX_LINE = 64 << 20 };
+enum { PIECE = 1 << 16, MAX_LINE = 64 << 20 };
+// A host that was cut off does not say so; one that lives says something every 5 s, at least while
+// others would have to wait for it.
+static const int64_t IDLE_NS = 20000000000, PATIENT_NS = 600000000000;
 
 static struct wire wire;
 static char *pending;
 static size_t length, room;
-static int64_t heard;
+static int64_t heard, idle_ns;
 
 void wire_open(struct wire given) {
     wire = given;
     heard = clock_ns();
+    idle_ns = PATIENT_NS;
 }
 
-static _Noreturn void gone(void) {
+void wire_be_strict(void) { idle_ns = IDLE_NS; }
+
+static _Noreturn void gone(const char *why) {
+    fprintf(stderr, "%s\n", why);
     wire.on_end();
     _exit(0);
 }
@@ -35,19 +43,19 @@ static void heard_now(void) {
 
 static void read_more(void) {
     if (length > MAX_LINE)
-        gone();
+        gone("a request is too long");
     if (room - length < PIECE) {
         room = length + 4 * PIECE;
         char *larger = realloc(pending, room);
         if (!larger)
-            gone();
+            gone("no memory for a request");
         pending = larger;
     }
     ssize_t got = read(0, pending + length, PIECE);
     if (got < 0 && errno == EINTR)
         return;
     if (got <= 0)
-        gone();
+        gone("the host has ended");
     length += (size_t)got;
     heard_now();
 }
@@ -62,8 +70,8 @@ bool wire_wait(int other, int wait_ms) {
     int ready = poll(both, other < 0 ? 1 : 2, wait_ms);
     if (ready > 0 && both[0].revents)
         read_more();
-    else if (clock_ns() - heard > IDLE_MS * INT64_C(1000000))
-        gone();
+    else if (clock_ns() - heard > idle_ns)
+        gone("the host fell silent");
     return ready > 0 && other >= 0 && both[1].revents;
 }
 

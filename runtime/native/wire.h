@@ -9,6 +9,8 @@ struct wire {
 };
 
 void wire_open(struct wire wire);
+// Another would have to wait for this process: a host that is silent for 20 s is taken for gone.
+void wire_be_strict(void);
 // The next line that is not empty, in memory of the caller's trap; empty ones say the host lives.
 char *wire_line(void);
 void wire_bytes(void *target, size_t size); // those that come next
