@@ -88,7 +88,9 @@ class AdbTransport(Transport):
     def properties(self) -> dict[str, str]:
         """What the device says of itself: `ro.product.model` and others."""
         done = self.run(["getprop"], timeout_s=30)
-        pairs = (line.partition("]: [") for line in done.stdout.decode(errors="replace").split("\n"))
+        pairs = (
+            line.partition("]: [") for line in done.stdout.decode(errors="replace").split("\n")
+        )
         return {name[1:]: value.rstrip("]\r") for name, _, value in pairs if value}
 
     def _find(self, wanted: str) -> str:
@@ -120,10 +122,14 @@ class AdbTransport(Transport):
                 "adb sees no device; plug one in and turn USB debugging on, or adb connect HOST:PORT"
             )
         if len(states) > 1:
-            raise UsageError(f"adb sees several devices, say which: adb:SERIAL of {', '.join(states)}")
-        (serial, state), = states.items()
+            raise UsageError(
+                f"adb sees several devices, say which: adb:SERIAL of {', '.join(states)}"
+            )
+        ((serial, state),) = states.items()
         if state != "device":
-            raise TargetError(f"adb:{serial}: {_STATES.get(state, f'its state is {state!r}')}")
+            raise TargetError(
+                f"adb:{serial}: {_STATES.get(state, f'adb calls its state {state!r}')}"
+            )
         return serial
 
     def _states(self) -> dict[str, str]:
@@ -179,7 +185,9 @@ class AdbTransport(Transport):
         except (TargetError, UsageError):
             raise
         except TimeoutError:
-            raise TargetError(f"{self.target}: {what}: no answer; the device is frozen, or gone") from None
+            raise TargetError(
+                f"{self.target}: {what}: no answer; the device is frozen, or gone"
+            ) from None
         except self._errors as error:
             words = one_line(error)
             if type(error).__name__ == "AdbTimeout":

@@ -153,7 +153,9 @@ def _parts(version: str, sources: Path, observer: Observer) -> Path:
 
     def make(folder: Path) -> None:
         observer.phase(f"fetching onnxruntime {version} and Debian's C library for Arm (once)")
-        _run(["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages")
+        _run(
+            ["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages"
+        )
         (folder / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
         for left in ("wheels", "debian/usr/share", "debian/usr/lib/aarch64-linux-gnu/gconv"):
             shutil.rmtree(folder / left, ignore_errors=True)

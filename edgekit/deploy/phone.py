@@ -88,9 +88,7 @@ class Phone(Device):
     def __enter__(self) -> Self:
         self.program = self._bring_program()
         owner = f"{getpass.getuser()}@{platform.node()} (process {os.getpid()})"
-        self._talk = self.transport.converse(
-            [*self.program, "desk", self._root, self.name, owner]
-        )
+        self._talk = self.transport.converse([*self.program, "desk", self._root, self.name, owner])
         try:
             self.facts = self.ask("hello", runtime=self.runtime, timeout_s=_START_S)
         except BaseException:
