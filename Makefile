@@ -7,12 +7,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SETTINGS := pyproject.toml runtime/pyproject.toml constraints.txt
 
-.PHONY: demo test test-devices test-virtual-time test-corpus check clean
+.PHONY: demo test test-devices test-virtual-time test-corpus check native clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
 
-REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow,asyncssh,keras,tf2onnx,litert_torch,skl2onnx,skops,pnnx
+REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow,asyncssh,adbutils,keras,tf2onnx,litert_torch,skl2onnx,skops,pnnx
 
 # What measures runs alone; the rest shares the processors.
 test: check
@@ -30,6 +30,10 @@ test-virtual-time: .venv/dev.stamp
 # Every public model of the corpus to every format: an hour or two.
 test-corpus: .venv/dev.stamp
 	$(BIN)/python benchmarks/corpus_matrix.py
+
+# The runner for devices without Python, for this machine and for phones.
+native:
+	$(MAKE) -C runtime/native x86_64 aarch64
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
@@ -49,7 +53,7 @@ check: .venv/dev.stamp
 
 .venv/dev.stamp: .venv/bin/python $(SETTINGS)
 	@echo "installing everything the tests use into .venv (TensorFlow and PyTorch: some minutes)"
-	$(PIP) -e '.[onnx,openvino,litert,tflite-convert,tensorflow,torch,torch-tflite,sklearn,ssh,dev]'
+	$(PIP) -e '.[onnx,openvino,litert,tflite-convert,tensorflow,torch,torch-tflite,sklearn,ssh,adb,dev]'
 	$(PIP) --no-deps pnnx
 	@touch $@ .venv/demo.stamp
 

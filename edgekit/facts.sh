@@ -5,7 +5,9 @@
 unset OMP_NUM_THREADS OMP_THREAD_LIMIT # nproc would obey them
 
 section() { printf '@@ %s\n' "$1"; }
-file() { [ -r "$1" ] && [ -f "$1" ] && { section "$1"; tr -d '\000' <"$1" 2>/dev/null; echo; }; }
+# without zeros, where there is a tr: not every toybox has one
+text() { if command -v tr >/dev/null 2>&1; then tr -d '\000' <"$1"; else cat "$1"; fi; }
+file() { [ -r "$1" ] && [ -f "$1" ] && { section "$1"; text "$1" 2>/dev/null; echo; }; }
 
 section uname; uname -s; uname -r; uname -m; getconf LONG_BIT 2>/dev/null
 section processors; nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null

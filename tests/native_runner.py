@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from bundles import bundle, make_manifest, make_variant, npz
 
-from edgekit_runtime import TensorSpec, load
+from edgekit_runtime import load
 from edgekit_runtime.manifest import Golden, Tolerance
 
 
@@ -31,11 +32,40 @@ class Runner:
             timeout=timeout, env=self.environment,
         )  # fmt: skip
 
+    def started(self, folder: str) -> Path:
+        """A command of one word that starts it, for what gives no environment."""
+        script = Path(folder, "edgekit-run.sh")
+        library = self.environment["EDGEKIT_ONNXRUNTIME"]
+        script.write_text(f'#!/bin/sh\nEDGEKIT_ONNXRUNTIME={library} exec {self.path} "$@"\n')
+        script.chmod(0o755)
+        return script
+
     def json(self, *words: object) -> dict[str, Any]:
         done = self(*words, "--json")
         assert done.returncode in (0, 1), done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+
+def python_runtime(*words: object, code: int = 0) -> dict[str, Any]:
+    """What the Python runtime prints for the same words, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "edgekit_runtime", *map(str, words), "--json"],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout or "{}")
+    return found
+
+
+def shape_of(value: Any) -> Any:
+    """The fields of a document and their types; numbers that may be missing are `number`."""
+    if isinstance(value, dict):
+        return {key: shape_of(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shape_of(value[0])] if value else []
+    number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return "number" if number else type(value).__name__
 
 
 def bundle_of(
@@ -57,12 +87,8 @@ def bundle_of(
         **changes.pop("variant", {}),
     )  # fmt: skip
     digest = hashlib.sha256(b"".join(contents.values())).hexdigest()[:32]
-    plain = {"inputs": _plain(inputs), "outputs": _plain(outputs), "variants": (variant,)}
+    plain = {"inputs": inputs, "outputs": outputs, "variants": (variant,)}
     fields: dict[str, Any] = {"name": model.stem, "bundle_id": digest, **plain, **changes}
     made = make_manifest(contents, **fields)
     path.write_bytes(bundle(made, contents))
     return path
-
-
-def _plain(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    return tuple(specs)

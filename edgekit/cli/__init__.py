@@ -90,6 +90,11 @@ app.command(
     name="deploy",
     help="Install a bundle on a device, prove it there, and activate it in one step.",
 )
+app.command(
+    "edgekit.cli.unpack:unpack",
+    name="unpack",
+    help="Write a bundle's plain model files and a how-to, for an app's project.",
+)
 app.command("edgekit.cli.deploy:status", name="status", help="Show what is installed on a device.")
 app.command("edgekit.cli.deploy:rollback", name="rollback", help="Go back to the version before.")
 app.command("edgekit.cli.deploy:gc", name="gc", help="Remove versions a device no longer needs.")

@@ -127,7 +127,9 @@ class AdbTransport(Transport):
             )
         ((serial, state),) = states.items()
         if state != "device":
-            raise TargetError(f"adb:{serial}: {_STATES.get(state, f'its state is {state!r}')}")
+            raise TargetError(
+                f"adb:{serial}: {_STATES.get(state, f'adb calls its state {state!r}')}"
+            )
         return serial
 
     def _states(self) -> dict[str, str]:

@@ -21,7 +21,10 @@ from edgekit.errors import MissingToolError
 from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 
-__all__ = ["Capsule", "capsule", "engine_version", "native_sources", "runner_command"]
+__all__ = [
+    "Capsule", "capsule", "engine_version", "native_runner", "native_sources",
+    "runner_command",
+]  # fmt: skip
 
 #: of this SDK's tests; any from 1.21 on has the API that the runner asks for
 _ENGINE_VERSION = "1.31.1"
@@ -69,25 +72,19 @@ def capsule(observer: Observer | None = None) -> Capsule:
     """
     observer = observer or Observer()
     version, sources = engine_version(), native_sources()
-    texts = sorted(path for path in sources.iterdir() if path.is_file())
-    key = content_key(kind="capsule", recipe=2, engine=version, sources=file_sha256(*texts))
+    key = content_key(kind="capsule", recipe=3, engine=version, sources=_sources_hash(sources))
 
     def make(folder: Path) -> None:
-        _need_tools()
+        runner = native_runner("aarch64", observer)
         parts = _parts(version, sources, observer)
-        observer.phase("building the runner for Arm (once)")
-        build, headers = folder / "build", parts / "debian/usr/include/onnxruntime"
-        _run(["make", "-C", str(sources), f"BUILD={build}", f"HEADERS={headers}", "aarch64"],
-             "the runner")  # fmt: skip
         whole = folder / "capsule"
         (whole / "lib").mkdir(parents=True)
-        shutil.copy(build / "aarch64" / "edgekit-run", whole / "edgekit-run")
+        shutil.copy(runner, whole / "edgekit-run")
         for name in _LIBRARIES:
             shutil.copy(_library(parts / "debian", name), whole / "lib" / name)
         shutil.copy(parts / "libonnxruntime.so.1", whole / "lib" / "libonnxruntime.so.1")
         for path in whole.rglob("*"):
             path.chmod(0o755)
-        shutil.rmtree(build)
 
     made = Cache().folder(key, make) / "capsule"
     listed = [path for path in sorted(made.rglob("*")) if path.is_file()]
@@ -95,6 +92,31 @@ def capsule(observer: Observer | None = None) -> Capsule:
     for path in listed:
         digest.update(f"{path.relative_to(made).as_posix()} {file_sha256(path)}\n".encode())
     return Capsule(f"capsule-{digest.hexdigest()[:16]}", made, "onnxruntime", version)
+
+
+def native_runner(machine: str, observer: Observer | None = None) -> Path:
+    """The runner alone, for `x86_64` or `aarch64`, or as `make` calls its other builds: `sanitized`
+    and `fuzz`; built first if it is not in the cache.
+
+    Raises:
+        MissingToolError: as `capsule`.
+    """
+    observer, sources, version = observer or Observer(), native_sources(), engine_version()
+    key = content_key(kind="native-runner", target=machine, sources=_sources_hash(sources))
+
+    def make(folder: Path) -> None:
+        _need_tools()
+        headers = _parts(version, sources, observer) / "debian/usr/include/onnxruntime"
+        observer.phase(f"building the runner for {machine} (once)")
+        _run(["make", "-C", str(sources), f"BUILD={folder}", f"HEADERS={headers}", machine],
+             "the runner")  # fmt: skip
+
+    (found,) = (Cache().folder(key, make) / machine).glob("edgekit-*")
+    return found
+
+
+def _sources_hash(sources: Path) -> str:
+    return file_sha256(*sorted(path for path in sources.iterdir() if path.is_file()))
 
 
 def native_sources() -> Path:

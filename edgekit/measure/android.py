@@ -36,7 +36,15 @@ def android_state(say: Callable[[str], str]) -> dict[str, Any]:
 
 def with_runner(tables: dict[str, Any]) -> dict[str, Any]:
     """The tables of a profile with the engine of the native runner in place of others."""
-    return {**tables, "engines": {RUNNER_ENGINE: {"version": engine_version()}}}
+    brought = {
+        "fields": ["engines"], "kind": "probe",
+        "title": "the native runner's, which is brought over adb; processor only",
+    }  # fmt: skip
+    listed = [one for one in tables["sources"] if one["fields"] != ["engines"]]
+    return {
+        **tables, "engines": {RUNNER_ENGINE: {"version": engine_version()}},
+        "sources": [*listed, brought],
+    }  # fmt: skip
 
 
 def _number(text: str, name: str) -> int | None:

@@ -5,21 +5,19 @@
 
 #include <onnxruntime_c_api.h>
 
-#include "engine.h"
+#include "engine_kind.h"
 #include "fail.h"
 #include "memory.h"
 
-const char ENGINE_PLACEMENT[] = "CPU 100 % (CPUExecutionProvider, float32)";
 enum { MAX_PORTS = 4096 };
 
 static const OrtApi *api;
 
-struct engine {
+struct loaded {
+    struct engine base;
     OrtEnv *env;
     OrtSession *session;
     OrtMemoryInfo *memory;
-    const char *version;
-    struct specs inputs, outputs;
     const char **input_names, **output_names;
 };
 
@@ -39,8 +37,6 @@ static void check(OrtStatus *status) {
     if (status)
         fail(NO_TOOL, "the engine failed: %s", taken_message(status));
 }
-
-bool engine_known(const char *name) { return !strcmp(name, "onnxruntime"); }
 
 // A model of a later version than the engine knows, by what the engine says of it.
 static bool too_new(const char *text) {
@@ -125,7 +121,7 @@ static void read_port(OrtTypeInfo *info, struct spec *spec) {
     }
 }
 
-static struct specs read_ports(struct engine *engine, bool inputs, const char ***names) {
+static struct specs read_ports(struct loaded *engine, bool inputs, const char ***names) {
     size_t count;
     OrtAllocator *allocator;
     check(api->GetAllocatorWithDefaultOptions(&allocator));
@@ -149,11 +145,10 @@ static struct specs read_ports(struct engine *engine, bool inputs, const char **
     return found;
 }
 
-struct engine *engine_load(const char *name, const void *model, size_t size, int64_t threads) {
-    if (!engine_known(name))
-        fail_next(NO_TOOL, "this runner has no engine '%s'; it has: onnxruntime", name);
-    struct engine *engine = take(sizeof *engine);
-    find_library(&engine->version);
+static struct engine *load(const void *model, size_t size, int64_t threads) {
+    struct loaded *engine = take(sizeof *engine);
+    find_library(&engine->base.version);
+    engine->base.delegate = "CPUExecutionProvider";
     refuse_external_data(model, size);
     OrtSessionOptions *options;
     check(api->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "edgekit", &engine->env));
@@ -168,26 +163,23 @@ struct engine *engine_load(const char *name, const void *model, size_t size, int
         char *why = taken_message(status);
         if (too_new(why))
             fail_next(NO_TOOL, "the model needs a newer onnxruntime than the %s here: %s",
-                      engine->version, why);
+                      engine->base.version, why);
         fail(UNUSABLE, "onnxruntime cannot load the model: %s", why);
     }
     check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &engine->memory));
-    engine->inputs = read_ports(engine, true, &engine->input_names);
-    engine->outputs = read_ports(engine, false, &engine->output_names);
-    return engine;
+    engine->base.inputs = read_ports(engine, true, &engine->input_names);
+    engine->base.outputs = read_ports(engine, false, &engine->output_names);
+    return &engine->base;
 }
 
-void engine_close(struct engine *engine) {
+static void unload(struct engine *base) {
+    struct loaded *engine = (struct loaded *)base;
     api->ReleaseMemoryInfo(engine->memory);
     api->ReleaseSession(engine->session);
     api->ReleaseEnv(engine->env);
 }
 
-const char *engine_version(const struct engine *engine) { return engine->version; }
-struct specs engine_inputs(const struct engine *engine) { return engine->inputs; }
-struct specs engine_outputs(const struct engine *engine) { return engine->outputs; }
-
-static OrtValue *value_over(struct engine *engine, struct array *array) {
+static OrtValue *value_over(struct loaded *engine, struct array *array) {
     OrtValue *value;
     check(api->CreateTensorWithDataAsOrtValue(engine->memory, array->data, array->bytes, array->shape,
                                               array->rank, type_of(array->dtype), &value));
@@ -195,15 +187,15 @@ static OrtValue *value_over(struct engine *engine, struct array *array) {
 }
 
 // The outputs' shapes if the model's dimension names give them.
-static bool output_shapes(struct engine *engine, int64_t (*given)[MAX_RANK],
+static bool output_shapes(struct loaded *engine, int64_t (*given)[MAX_RANK],
                           int64_t (*shapes)[MAX_RANK]) {
-    for (size_t i = 0; i < engine->outputs.count; i++)
-        for (size_t d = 0; d < engine->outputs.items[i].rank; d++) {
-            const struct dimension *wanted = &engine->outputs.items[i].shape[d];
+    for (size_t i = 0; i < engine->base.outputs.count; i++)
+        for (size_t d = 0; d < engine->base.outputs.items[i].rank; d++) {
+            const struct dimension *wanted = &engine->base.outputs.items[i].shape[d];
             int64_t size = wanted->size;
-            for (size_t j = 0; j < engine->inputs.count && !size; j++)
-                for (size_t e = 0; e < engine->inputs.items[j].rank; e++) {
-                    const struct dimension *free_one = &engine->inputs.items[j].shape[e];
+            for (size_t j = 0; j < engine->base.inputs.count && !size; j++)
+                for (size_t e = 0; e < engine->base.inputs.items[j].rank; e++) {
+                    const struct dimension *free_one = &engine->base.inputs.items[j].shape[e];
                     if (!free_one->size && !strcmp(free_one->name, wanted->name))
                         size = given[j][e];
                 }
@@ -214,23 +206,24 @@ static bool output_shapes(struct engine *engine, int64_t (*given)[MAX_RANK],
     return true;
 }
 
-struct binding *engine_bind(struct engine *engine, int64_t (*shapes)[MAX_RANK]) {
+static struct binding *bind(struct engine *base, int64_t (*shapes)[MAX_RANK]) {
+    struct loaded *engine = (struct loaded *)base;
     struct binding *made = take(sizeof *made);
     struct values *values = made->values = take(sizeof *values);
-    size_t ins = engine->inputs.count, outs = engine->outputs.count;
+    size_t ins = engine->base.inputs.count, outs = engine->base.outputs.count;
     made->inputs = (struct arrays){ins, take_array(ins, sizeof(struct array))};
     made->outputs = (struct arrays){outs, take_array(outs, sizeof(struct array))};
     values->inputs = take_array(ins, sizeof(OrtValue *));
     values->outputs = take_array(outs, sizeof(OrtValue *));
     for (size_t i = 0; i < ins; i++) {
-        const struct spec *spec = &engine->inputs.items[i];
+        const struct spec *spec = &engine->base.inputs.items[i];
         made->inputs.items[i] = array_make(spec->name, dtype_of(spec->dtype), spec->rank, shapes[i]);
         values->inputs[i] = value_over(engine, &made->inputs.items[i]);
     }
     int64_t(*known)[MAX_RANK] = take_array(outs, sizeof *known);
     values->fixed = output_shapes(engine, shapes, known);
     for (size_t i = 0; i < outs; i++) {
-        const struct spec *spec = &engine->outputs.items[i];
+        const struct spec *spec = &engine->base.outputs.items[i];
         enum dtype dtype = dtype_of(spec->dtype);
         made->outputs.items[i] = (struct array){.name = spec->name, .dtype = dtype};
         if (!values->fixed)
@@ -241,8 +234,8 @@ struct binding *engine_bind(struct engine *engine, int64_t (*shapes)[MAX_RANK]) 
     return made;
 }
 
-static void release_outputs(struct engine *engine, struct values *values) {
-    for (size_t i = 0; i < engine->outputs.count; i++)
+static void release_outputs(struct loaded *engine, struct values *values) {
+    for (size_t i = 0; i < engine->base.outputs.count; i++)
         if (values->outputs[i]) {
             api->ReleaseValue(values->outputs[i]);
             values->outputs[i] = NULL;
@@ -250,9 +243,9 @@ static void release_outputs(struct engine *engine, struct values *values) {
 }
 
 // What the engine allocated, as arrays over its memory.
-static void look_at_outputs(struct engine *engine, struct binding *binding) {
+static void look_at_outputs(struct loaded *engine, struct binding *binding) {
     struct values *values = binding->values;
-    for (size_t i = 0; i < engine->outputs.count; i++) {
+    for (size_t i = 0; i < engine->base.outputs.count; i++) {
         struct array *array = &binding->outputs.items[i];
         OrtTensorTypeAndShapeInfo *info;
         check(api->GetTensorTypeAndShape(values->outputs[i], &info));
@@ -267,13 +260,14 @@ static void look_at_outputs(struct engine *engine, struct binding *binding) {
     }
 }
 
-static OrtStatus *invoke(struct engine *engine, struct values *values) {
+static OrtStatus *invoke(struct loaded *engine, struct values *values) {
     return api->Run(engine->session, NULL, engine->input_names,
-                    (const OrtValue *const *)values->inputs, engine->inputs.count,
-                    engine->output_names, engine->outputs.count, values->outputs);
+                    (const OrtValue *const *)values->inputs, engine->base.inputs.count,
+                    engine->output_names, engine->base.outputs.count, values->outputs);
 }
 
-void engine_run(struct engine *engine, struct binding *binding) {
+static void run(struct engine *base, struct binding *binding) {
+    struct loaded *engine = (struct loaded *)base;
     struct values *values = binding->values;
     if (!values->fixed)
         release_outputs(engine, values);
@@ -289,9 +283,14 @@ void engine_run(struct engine *engine, struct binding *binding) {
         look_at_outputs(engine, binding);
 }
 
-void engine_unbind(struct engine *engine, struct binding *binding) {
+static void unbind(struct engine *base, struct binding *binding) {
+    struct loaded *engine = (struct loaded *)base;
     struct values *values = binding->values;
-    for (size_t i = 0; i < engine->inputs.count; i++)
+    for (size_t i = 0; i < engine->base.inputs.count; i++)
         api->ReleaseValue(values->inputs[i]);
     release_outputs(engine, values);
 }
+
+const struct engine_kind ENGINE_ONNXRUNTIME = {
+    .name = "onnxruntime", .suffix = ".onnx", .load = load, .close = unload, .bind = bind,
+    .run = run, .unbind = unbind};

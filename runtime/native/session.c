@@ -33,7 +33,7 @@ static void check_memory(const struct variant *variant) {
 static void warn(const char *text) { fprintf(stderr, "edgekit-runtime: FallbackWarning: %s\n", text); }
 
 // This program runs all of a model on the CPU: what is promised of another device is not kept.
-static void check_placement(const struct variant *variant) {
+static void check_placement(const struct variant *variant, const struct engine *engine) {
     for (size_t i = 0; i < variant->shares; i++) {
         const struct share *one = &variant->placement[i];
         double share = strcmp(one->device, "CPU") ? 0 : 1;
@@ -42,7 +42,7 @@ static void check_placement(const struct variant *variant) {
         char *text = take_format(
             "variant '%s' was to run %.0f %% of its operators on %s, the engine placed %.0f %% there "
             "(%s); refused: nothing falls back in silence", variant->id, 100 * one->share,
-            one->device, 100 * share, ENGINE_PLACEMENT);
+            one->device, 100 * share, engine_placement(engine));
         if (!strcmp(variant->on_misplacement, "warn"))
             warn(text);
         else if (!strcmp(variant->on_misplacement, "next"))
@@ -103,17 +103,18 @@ static void open_variant(struct session *session, struct variant *variant,
     check_machine(variant);
     check_memory(variant);
     if (!engine_known(variant->engine))
-        fail_next(NO_TOOL, "this runner has no engine '%s'; it has: onnxruntime", variant->engine);
+        fail_next(NO_TOOL, "this runner has no engine '%s'; it has: %s", variant->engine,
+                  engine_names());
     if (strcmp(variant->precision, "float32"))
         fail(UNUSABLE, "%s computes floats in float32; %s was asked for", variant->engine,
              variant->precision);
     if (variant->files.count != 1)
-        fail(UNUSABLE, "an ONNX variant is one file, found %zu", variant->files.count);
+        fail(UNUSABLE, "a variant for %s is one file, found %zu", variant->engine, variant->files.count);
     unsigned char *model = bundle_read(session->bundle, variant->files.items[0], &size);
     struct engine *engine =
         engine_load(variant->engine, model, size, threads_of(options, variant->threads));
     attach(session, engine, variant->input_names.items, variant->output_names.items);
-    check_placement(variant);
+    check_placement(variant, engine);
     session->variant = variant;
 }
 
@@ -165,15 +166,16 @@ struct session *session_open(const char *path, const struct options *options) {
     if (options->variant)
         fail(UNUSABLE, "%s is a plain model; only bundles have variants", path);
     const char *suffix = strrchr(path, '.');
-    if (!suffix || strcmp(suffix, ".onnx"))
-        fail(UNUSABLE, "%s is not a model this runner loads; known: .edgekit, .onnx", path);
+    const char *usual = suffix ? engine_for_suffix(suffix) : NULL;
+    if (!usual)
+        fail(UNUSABLE, "%s is not a model this runner loads; known: .edgekit, .onnx, .tflite", path);
     size_t size;
     unsigned char *model = file_whole(path, MAX_MODEL, &size);
     if (!size)
         fail(UNUSABLE, "%s is empty", path);
     struct session *session = take(sizeof *session);
-    struct engine *engine = engine_load(options->engine ? options->engine : "onnxruntime", model,
-                                        size, threads_of(options, 1));
+    struct engine *engine = engine_load(options->engine ? options->engine : usual, model, size,
+                                        threads_of(options, 1));
     session->inputs = engine_inputs(engine);
     session->outputs = engine_outputs(engine);
     attach(session, engine, NULL, NULL);

@@ -108,7 +108,7 @@ static void accept(const struct arguments *given, struct text *answer) {
     text_json_key(answer, "latency_ns");
     summary_to_json(answer, samples, count);
     text_json_member_integer(answer, "memory_bytes", grown);
-    text_json_member(answer, "placement", ENGINE_PLACEMENT);
+    text_json_member(answer, "placement", engine_placement(session->engine));
     if (other)
         text_json_member(answer, "unused_limits", take_format("latency: measured on %s", other));
     text_add(answer, "}", 1);

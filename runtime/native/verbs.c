@@ -142,7 +142,7 @@ int verb_bench(const struct arguments *given) {
     text_json_key(&answer, "post");
     summary_to_json(&answer, parts.post, runs);
     text_add(&answer, "}", 1);
-    text_json_member(&answer, "placement", ENGINE_PLACEMENT);
+    text_json_member(&answer, "placement", engine_placement(session->engine));
     text_json_member_integer(&answer, "peak_rss_bytes", machine_peak_rss_bytes());
     machine_to_json(&answer, &before, &after);
     text_add(&answer, "}", 1);
@@ -151,7 +151,7 @@ int verb_bench(const struct arguments *given) {
     else
         printf("p50 %.3f ms  min %.3f ms  (%zu runs, measured here; %s)\n",
                (double)percentile_ns(parts.total, runs, 50) / 1e6,
-               (double)percentile_ns(parts.total, runs, 0) / 1e6, runs, ENGINE_PLACEMENT);
+               (double)percentile_ns(parts.total, runs, 0) / 1e6, runs, engine_placement(session->engine));
     session_close(session);
     return 0;
 }
@@ -215,13 +215,13 @@ int verb_info(const struct arguments *given) {
     if (given->json) {
         struct text answer = {0};
         text_format(&answer, "{\"schema\": \"edgekit.info/1\"");
-        text_json_member(&answer, "placement", ENGINE_PLACEMENT);
+        text_json_member(&answer, "placement", engine_placement(session->engine));
         specs_to_json(&answer, "inputs", &session->inputs);
         specs_to_json(&answer, "outputs", &session->outputs);
         text_add(&answer, "}", 1);
         print_line(&answer);
     } else {
-        printf("%s  runs on %s, version %s\n", given->model, ENGINE_PLACEMENT,
+        printf("%s  runs on %s, version %s\n", given->model, engine_placement(session->engine),
                engine_version(session->engine));
         print_specs(&session->inputs, &session->outputs);
     }

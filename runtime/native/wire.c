@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -29,7 +30,8 @@ void wire_open(struct wire given) {
 
 void wire_be_strict(void) { idle_ns = IDLE_NS; }
 
-static _Noreturn void gone(void) {
+static _Noreturn void gone(const char *why) {
+    fprintf(stderr, "%s\n", why);
     wire.on_end();
     _exit(0);
 }
@@ -41,19 +43,19 @@ static void heard_now(void) {
 
 static void read_more(void) {
     if (length > MAX_LINE)
-        gone();
+        gone("a request is too long");
     if (room - length < PIECE) {
         room = length + 4 * PIECE;
         char *larger = realloc(pending, room);
         if (!larger)
-            gone();
+            gone("no memory for a request");
         pending = larger;
     }
     ssize_t got = read(0, pending + length, PIECE);
     if (got < 0 && errno == EINTR)
         return;
     if (got <= 0)
-        gone();
+        gone("the host has ended");
     length += (size_t)got;
     heard_now();
 }
@@ -69,7 +71,7 @@ bool wire_wait(int other, int wait_ms) {
     if (ready > 0 && both[0].revents)
         read_more();
     else if (clock_ns() - heard > idle_ns)
-        gone();
+        gone("the host fell silent");
     return ready > 0 && other >= 0 && both[1].revents;
 }
 

@@ -108,9 +108,10 @@ static void make_ready(const struct arguments *given, struct turn *turn) {
     int64_t first = run_next(turn);
     turn->next = 0;
     printf("{\"ready\": true, \"first_run_ns\": %lld, \"engine_version\": \"%s\", \"streams\": 1, "
-           "\"placement\": {\"shares\": {\"CPU\": 1.0}, \"delegate\": \"CPUExecutionProvider\", "
+           "\"placement\": {\"shares\": {\"CPU\": 1.0}, \"delegate\": \"%s\", "
            "\"precision\": \"float32\"}}\n",
-           (long long)first, engine_version(turn->session->engine));
+           (long long)first, engine_version(turn->session->engine),
+           engine_delegate(turn->session->engine));
     fflush(stdout);
 }
 

@@ -1,0 +1,151 @@
+"""Takes a bundle apart: plain model files, labels and a short how-to for an app's project."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from edgekit.errors import UsageError
+from edgekit_runtime.bundle import Bundle
+from edgekit_runtime.manifest import InputSteps, Manifest, TensorSpec, Variant
+
+__all__ = ["unpack"]
+
+_NUMBERS = {"float32": "Float", "int32": "Int", "int64": "Long", "int8": "Byte", "bool": "Boolean"}
+
+
+def unpack(bundle: Path, folder: Path) -> Manifest:
+    """Write what is in a bundle to a new folder, whole or not at all.
+
+    Each variant's files and golden arrays get a folder of the variant's name; beside them are
+    `labels.txt` (a label a line), `processing.json` (the steps before and after the model),
+    `manifest.json` and `HOW-TO.md`, each where there is something to say.
+
+    Raises:
+        BundleError: it is no sound bundle.
+        UsageError: the folder is there, and not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not empty; name a new folder")
+    with Bundle(bundle) as opened:
+        opened.verify()
+        manifest = opened.manifest
+        new = folder.parent / f".{folder.name}-{os.getpid()}"
+        try:
+            for variant in manifest.variants:
+                place = new / variant.id
+                place.mkdir(parents=True)
+                for path in variant.files:
+                    (place / Path(path).name).write_bytes(opened.read(path))
+                (place / "golden-inputs.npz").write_bytes(opened.read(variant.golden.inputs))
+                (place / "golden-outputs.npz").write_bytes(opened.read(variant.golden.outputs))
+            _write_words(manifest, new)
+            if folder.exists():
+                folder.rmdir()
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    return manifest
+
+
+def _write_words(manifest: Manifest, folder: Path) -> None:
+    (folder / "manifest.json").write_text(manifest.to_json())
+    (folder / "HOW-TO.md").write_text(_how_to(manifest))
+    if manifest.labels is not None:
+        (folder / "labels.txt").write_text("".join(f"{one}\n" for one in manifest.labels))
+    if manifest.preprocess or manifest.postprocess:
+        steps = {name: asdict(one) for name, one in manifest.preprocess.items()}
+        document = {"preprocess": steps, "postprocess": list(manifest.postprocess)}
+        (folder / "processing.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _how_to(manifest: Manifest) -> str:
+    parts = [
+        f"# {manifest.name} in an app",
+        "From an EdgeKit bundle; `manifest.json` says what was measured and how it was made. Copy "
+        "the model into `app/src/main/assets/`. Variants are in order of preference.",
+        _processing(manifest),
+        *(_variant(one, manifest) for one in manifest.variants),
+        "## Is it right on the phone?\n\n"
+        "`golden-inputs.npz` and `golden-outputs.npz` beside a model hold samples and what it gave "
+        "for them (first axis: samples). Run them once in an instrumented test. Or, without an "
+        "app: `edgekit check BUNDLE --on adb:SERIAL`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _processing(manifest: Manifest) -> str:
+    lines = [f"* `{name}`: {_steps(one)}" for name, one in manifest.preprocess.items()]
+    if lines:
+        lines = ["The app does this before the model (exactly, see `processing.json`):", "", *lines]
+    after = ", ".join(str(step["op"]) for step in manifest.postprocess)
+    if after:
+        lines += ["", f"And after it: {after}."]
+    if manifest.states:
+        pairs = ", ".join(f"`{one.output}` into `{one.input}`" for one in manifest.states)
+        lines += ["", f"It keeps a state: feed {pairs} of the next call; zeros at first."]
+    return "## Before and after\n\n" + "\n".join(lines).strip() if lines else ""
+
+
+def _steps(steps: InputSteps) -> str:
+    return f"from {steps.source}: {', '.join(str(one['op']) for one in steps.steps)}"
+
+
+def _variant(variant: Variant, manifest: Manifest) -> str:
+    file = Path(variant.files[0]).name
+    table = [
+        "| | name in the model | type | shape |", "|---|---|---|---|",
+        *_rows("input", manifest.inputs, variant.input_names),
+        *_rows("output", manifest.outputs, variant.output_names),
+    ]  # fmt: skip
+    code = {"onnxruntime": _onnxruntime, "litert": _litert}.get(variant.engine)
+    shown = code(file, variant, manifest) if code else _other(variant)
+    head = f"## `{variant.id}/{file}` ({variant.scheme}, {variant.threads} thread(s))"
+    return "\n\n".join([head, "\n".join(table), shown])
+
+
+def _rows(kind: str, specs: Sequence[TensorSpec], names: Sequence[str]) -> list[str]:
+    return [
+        f"| {kind} | `{name}` | {spec.dtype} | {' x '.join(map(str, spec.shape)) or 'scalar'} |"
+        for spec, name in zip(specs, names, strict=True)
+    ]
+
+
+def _litert(file: str, variant: Variant, manifest: Manifest) -> str:
+    kinds = [
+        _NUMBERS.get(spec.dtype, "Float") for spec in (manifest.inputs[0], manifest.outputs[0])
+    ]
+    return (
+        'LiteRT for Android, `implementation("com.google.ai.edge.litert:litert:2.1.0")` or '
+        "newer:\n\n```kotlin\n"
+        f'val model = CompiledModel.create(context.assets, "{file}",\n'
+        "    CompiledModel.Options(Accelerator.CPU))\n"
+        "val inputs = model.createInputBuffers()\nval outputs = model.createOutputBuffers()\n"
+        f"inputs[0].write{kinds[0]}(values)  // all of `{variant.input_names[0]}`, row-major\n"
+        f"model.run(inputs, outputs)\nval answer = outputs[0].read{kinds[1]}()\n```"
+    )
+
+
+def _onnxruntime(file: str, variant: Variant, manifest: Manifest) -> str:
+    shape = ", ".join(map(str, manifest.inputs[0].usual_shape()))
+    kind = _NUMBERS.get(manifest.inputs[0].dtype, "Float")
+    return (
+        'ONNX Runtime for Android, `implementation("com.microsoft.onnxruntime:onnxruntime-android:'
+        '<version>")`:\n\n```kotlin\nval environment = OrtEnvironment.getEnvironment()\n'
+        "val options = OrtSession.SessionOptions()\n"
+        f"options.setIntraOpNumThreads({variant.threads})\n"
+        f'val bytes = context.assets.open("{file}").readBytes()\n'
+        "val session = environment.createSession(bytes, options)\n"
+        f"val input = OnnxTensor.createTensor(environment, {kind}Buffer.wrap(values),\n"
+        f"    longArrayOf({shape}))\n"
+        f'session.run(mapOf("{variant.input_names[0]}" to input)).use {{\n'
+        f'    val answer = it.get("{variant.output_names[0]}").get().value\n}}\n```'
+    )
+
+
+def _other(variant: Variant) -> str:
+    return f"For {variant.engine}; its own documentation says how an app uses {variant.format}."
