@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -67,27 +68,46 @@ def archive(entries: list[tuple[str, bytes]]) -> bytes:
     return out.getvalue()
 
 
-def raw_deflate(data: bytes) -> bytes:
-    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+def raw_deflate(data: bytes, level: int = 6, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
     return packer.compress(data) + packer.flush()
 
 
-def deflated_bundle(contents: Mapping[str, bytes], name: str, **declared: Any) -> bytes:
-    """A bundle in which one file is deflated; `declared` changes what the manifest says of that."""
-    packed = raw_deflate(contents[name])
+def deflated_bundle(
+    contents: Mapping[str, bytes], name: str, *, manifest: Manifest | None = None,
+    stream: bytes | None = None, **declared: Any,
+) -> bytes:  # fmt: skip
+    """A bundle in which one file is deflated, as this `stream` if given; `declared` changes what
+    the manifest says of that."""
+    packed = raw_deflate(contents[name]) if stream is None else stream
     facts = {"size_bytes": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
     files = tuple(
         dataclasses.replace(one, deflated=Deflated(**(facts | declared)))
         if one.path == name else one
         for one in listed(contents)
     )  # fmt: skip
+    made = dataclasses.replace(manifest or make_manifest(contents), files=files)
     out = io.BytesIO()
-    text = make_manifest(contents, files=files).to_json().encode()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as opened:
-        for path, data in [(MANIFEST, text), *contents.items()]:
-            opened.writestr(archive_entry(path, len(data), deflated=path == name), data,
-                            compresslevel=6)  # fmt: skip
+    with (
+        mock.patch("zipfile._get_compressor", lambda kind, *_: _Stream(packed) if kind else None),
+        zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=False) as opened,
+    ):
+        for path, data in [(MANIFEST, made.to_json().encode()), *contents.items()]:
+            opened.writestr(archive_entry(path, len(data), deflated=path == name), data)
     return out.getvalue()
+
+
+class _Stream:
+    """A compressor that gives what it was made with."""
+
+    def __init__(self, stream: bytes) -> None:
+        self.stream = stream
+
+    def compress(self, _: bytes) -> bytes:
+        return b""
+
+    def flush(self) -> bytes:
+        return self.stream
 
 
 def bundle(manifest: Manifest, contents: Mapping[str, bytes]) -> bytes:

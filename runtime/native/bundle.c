@@ -5,19 +5,21 @@
 #include <unistd.h>
 
 #include "fail.h"
+#include "inflate.h"
 #include "memory.h"
 #include "sha256.h"
 
 enum {
     LOCAL = 30, CENTRAL = 46, END = 22, // bytes of ZIP's headers
     MAX_ENTRIES = 4096, MAX_PATH = 255, MAX_MANIFEST = 4 << 20, PIECE = 1 << 20,
+    DEFLATED = 8, MAX_INFLATION = 64, // times larger than in the archive; DEFLATE could do 1032
 };
 static const uint64_t MAX_BUNDLE = ((uint64_t)4 << 30) - (1 << 20);
 static const char MANIFEST[] = "manifest.json";
 
 struct entry {
     char *path;
-    uint32_t size, crc32, offset;
+    uint32_t method, stored, size, crc32, offset;
 };
 
 static bool safe_path(const char *path, size_t length) {
@@ -48,27 +50,27 @@ static unsigned char *put32(unsigned char *p, uint32_t value) {
 
 // What local and central headers share: flags to the length of the extra field.
 static unsigned char *put_facts(unsigned char *p, const struct entry *entry) {
-    p = put16(put16(put16(p, 0), 0), 0);
+    p = put16(put16(put16(p, 0), entry->method), 0);
     p = put16(p, 0x21); // 1980-01-01, the zero of DOS dates
-    p = put32(put32(put32(p, entry->crc32), entry->size), entry->size);
+    p = put32(put32(put32(p, entry->crc32), entry->stored), entry->size);
     return put16(put16(p, (uint32_t)strlen(entry->path)), 0);
 }
 
 static void read_entry(struct entry *entry, const unsigned char *p, size_t left) {
     if (left < CENTRAL || memcmp(p, "PK\1\2", 4))
         fail(UNUSABLE, "not a bundle: the archive's directory is damaged");
-    uint32_t method = little16(p + 10), stored = little32(p + 20), length = little16(p + 28);
+    uint32_t length = little16(p + 28);
     if (left - CENTRAL < length || !safe_path((const char *)p + CENTRAL, length))
         fail(UNUSABLE, "refused the path '%.*s': not a plain relative path",
              (int)(length < 80 && length <= left - CENTRAL ? length : 0), (const char *)p + CENTRAL);
     entry->path = take_text((const char *)p + CENTRAL, length);
+    entry->method = little16(p + 10);
     entry->crc32 = little32(p + 16);
+    entry->stored = little32(p + 20);
     entry->size = little32(p + 24);
     entry->offset = little32(p + 42);
     if ((little32(p + 38) >> 16 & 0170000) == 0120000)
         fail(UNUSABLE, "%s is a link; only plain files are allowed", entry->path);
-    if (method || stored != entry->size)
-        fail(UNUSABLE, "%s is compressed; bundles store files as is", entry->path);
     if (little16(p + 30))
         fail(UNUSABLE, "the archive is not canonical at '%s'", entry->path);
 }
@@ -95,7 +97,7 @@ static void compare_headers(struct bundle *bundle, const unsigned char *director
         if (at + CENTRAL + named > length || memcmp(directory + at, made, CENTRAL + named))
             fail(UNUSABLE, "the archive's directory is damaged or not canonical");
         at += (uint32_t)(CENTRAL + named);
-        offset += LOCAL + named + one->size;
+        offset += LOCAL + named + one->stored;
         if (offset > start)
             fail(UNUSABLE, "%s is said to be larger than the whole bundle", one->path);
     }
@@ -150,6 +152,8 @@ static void read_manifest(struct bundle *bundle) {
     if (!bundle->entries || strcmp(bundle->entry[0].path, MANIFEST))
         fail(UNUSABLE, "no %s at its start: not an EdgeKit bundle", MANIFEST);
     const struct entry *entry = &bundle->entry[0];
+    if (entry->method || entry->stored != entry->size)
+        fail(UNUSABLE, "%s is compressed; it must be stored as it is", MANIFEST);
     if (entry->size > MAX_MANIFEST)
         fail(UNUSABLE, "%s has %u bytes, at most 4 MiB are allowed", MANIFEST, entry->size);
     char *bytes = take(entry->size + (size_t)1);
@@ -175,6 +179,11 @@ static void check_listing(struct bundle *bundle) {
         if (found->size != wanted->size)
             fail(UNUSABLE, "%s has %u bytes, the manifest says %llu", found->path, found->size,
                  (unsigned long long)wanted->size);
+        if (found->method != (wanted->packed_sha256 ? DEFLATED : 0) ||
+            found->stored != wanted->packed_size)
+            fail(UNUSABLE, "%s is compressed other than the manifest says", found->path);
+        if (found->size > (uint64_t)MAX_INFLATION * found->stored)
+            fail(UNUSABLE, "%s would be over %d times larger, inflated", found->path, MAX_INFLATION);
         if (found->crc32 != wanted->crc32)
             fail(UNUSABLE, "%s has another CRC-32 in the archive than in the manifest", found->path);
     }
@@ -205,10 +214,40 @@ struct bundle *bundle_open(const char *path) {
 
 void bundle_close(struct bundle *bundle) { file_close(&bundle->file); }
 
-static void compare(const struct bundle *bundle, const struct file_entry *wanted, const char *found) {
-    if (strcmp(found, wanted->sha256))
+static void compare(const struct bundle *bundle, const char *path, const char *wanted,
+                    struct sha256 *hash) {
+    char found[65];
+    sha256_end(hash, found);
+    if (strcmp(found, wanted))
         fail(UNUSABLE, "%s: %s is damaged: SHA-256 %.12s..., the manifest says %.12s...; copy the "
-             "bundle again", bundle->path, wanted->path, found, wanted->sha256);
+             "bundle again", bundle->path, path, found, wanted);
+}
+
+// All of what lies in the archive at once, compared with its hash.
+static unsigned char *stored_bytes(struct bundle *bundle, size_t i) {
+    const struct file_entry *wanted = &bundle->manifest->file[i];
+    unsigned char *bytes = take(wanted->packed_size + 1);
+    struct sha256 hash;
+    file_read(&bundle->file, data_offset(&bundle->entry[i + 1]), bytes, wanted->packed_size);
+    sha256_begin(&hash);
+    sha256_add(&hash, bytes, wanted->packed_size);
+    const char *digest = wanted->packed_sha256 ? wanted->packed_sha256 : wanted->sha256;
+    compare(bundle, wanted->path, digest, &hash);
+    return bytes;
+}
+
+static unsigned char *inflated_bytes(struct bundle *bundle, size_t i) {
+    const struct file_entry *wanted = &bundle->manifest->file[i];
+    unsigned char *bytes = take(wanted->size + 1);
+    void *mark = memory_mark();
+    struct sha256 hash;
+    if (!inflate(stored_bytes(bundle, i), wanted->packed_size, bytes, wanted->size))
+        fail(UNUSABLE, "%s: %s is damaged: it inflates to other sizes", bundle->path, wanted->path);
+    memory_release(mark);
+    sha256_begin(&hash);
+    sha256_add(&hash, bytes, wanted->size);
+    compare(bundle, wanted->path, wanted->sha256, &hash);
+    return bytes;
 }
 
 unsigned char *bundle_read(struct bundle *bundle, const char *path, size_t *size) {
@@ -216,38 +255,37 @@ unsigned char *bundle_read(struct bundle *bundle, const char *path, size_t *size
         const struct file_entry *wanted = &bundle->manifest->file[i];
         if (strcmp(wanted->path, path))
             continue;
-        char found[65];
-        struct sha256 hash;
-        unsigned char *bytes = take(wanted->size + 1);
-        file_read(&bundle->file, data_offset(&bundle->entry[i + 1]), bytes, wanted->size);
-        sha256_begin(&hash);
-        sha256_add(&hash, bytes, wanted->size);
-        sha256_end(&hash, found);
-        compare(bundle, wanted, found);
         *size = wanted->size;
-        return bytes;
+        return wanted->packed_sha256 ? inflated_bytes(bundle, i) : stored_bytes(bundle, i);
     }
     fail(UNUSABLE, "%s: no file '%s' in this bundle", bundle->path, path);
+}
+
+static void verify_stored(struct bundle *bundle, size_t i, unsigned char *piece) {
+    const struct file_entry *wanted = &bundle->manifest->file[i];
+    uint64_t at = data_offset(&bundle->entry[i + 1]), left = wanted->size;
+    struct sha256 hash;
+    sha256_begin(&hash);
+    while (left) {
+        size_t part = left < PIECE ? left : PIECE;
+        file_read(&bundle->file, at, piece, part);
+        sha256_add(&hash, piece, part);
+        at += part;
+        left -= part;
+    }
+    compare(bundle, wanted->path, wanted->sha256, &hash);
 }
 
 void bundle_verify(struct bundle *bundle) {
     void *mark = memory_mark();
     unsigned char *piece = take(PIECE);
     for (size_t i = 0; i < bundle->manifest->files; i++) {
-        const struct file_entry *wanted = &bundle->manifest->file[i];
-        uint64_t at = data_offset(&bundle->entry[i + 1]), left = wanted->size;
-        char found[65];
-        struct sha256 hash;
-        sha256_begin(&hash);
-        while (left) {
-            size_t part = left < PIECE ? left : PIECE;
-            file_read(&bundle->file, at, piece, part);
-            sha256_add(&hash, piece, part);
-            at += part;
-            left -= part;
-        }
-        sha256_end(&hash, found);
-        compare(bundle, wanted, found);
+        void *here = memory_mark();
+        if (bundle->manifest->file[i].packed_sha256)
+            inflated_bytes(bundle, i);
+        else
+            verify_stored(bundle, i, piece);
+        memory_release(here);
     }
     memory_release(mark);
 }

@@ -181,7 +181,8 @@ static struct specs read_specs(const struct json *value, const char *where) {
 }
 
 static void read_file(const struct json *value, struct file_entry *entry) {
-    static const char *const known[] = {"path", "sha256", "size_bytes", "crc32", NULL};
+    static const char *const known[] = {"path", "sha256", "size_bytes", "crc32", "deflated?", NULL};
+    static const char *const packed[] = {"size_bytes", "sha256", NULL};
     fields(value, "files", known);
     entry->path = as_text(json_get(value, "path"), "files.path");
     entry->sha256 = as_text(json_get(value, "sha256"), "files.sha256");
@@ -191,6 +192,16 @@ static void read_file(const struct json *value, struct file_entry *entry) {
         fail(UNUSABLE, "%s has a size or checksum out of range", entry->path);
     entry->size = (uint64_t)size;
     entry->crc32 = (uint32_t)crc;
+    const struct json *deflated = json_get(value, "deflated");
+    entry->packed_size = entry->size;
+    if (!deflated || deflated->kind == J_NULL)
+        return;
+    fields(deflated, "files.deflated", packed);
+    entry->packed_sha256 = as_text(json_get(deflated, "sha256"), "files.deflated.sha256");
+    size = as_integer(json_get(deflated, "size_bytes"), "files.deflated.size_bytes");
+    if (size < 0)
+        fail(UNUSABLE, "%s has a size out of range", entry->path);
+    entry->packed_size = (uint64_t)size;
 }
 
 static void read_golden(const struct json *value, struct variant *variant) {

@@ -36,6 +36,8 @@ struct file_entry {
     const char *path, *sha256;
     uint64_t size;
     uint32_t crc32;
+    const char *packed_sha256; // of what lies in the archive where that is compressed, else NULL
+    uint64_t packed_size;      // there
 };
 
 struct tolerance {

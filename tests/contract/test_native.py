@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import bundle, make_manifest, make_variant, npz
+from bundles import bundle, deflated_bundle, make_manifest, make_variant, npz, raw_deflate
 from cnn import cnn_scores, small_cnn
 from deployable import Maker
 from hostile import archives
@@ -21,7 +23,8 @@ from edgekit.deploy.install import deploy
 from edgekit.deploy.phone import Phone
 from edgekit.errors import MissingToolError, TargetError
 from edgekit_runtime import open_installed
-from edgekit_runtime.manifest import InputSteps
+from edgekit_runtime.bundle import MANIFEST
+from edgekit_runtime.manifest import InputSteps, Manifest
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx")
 EXECUTIONS = 50_000
@@ -150,6 +153,52 @@ def test_no_hostile_archive_is_accepted(build, small, tmp_path) -> None:
         assert len(done.stderr.splitlines()) == 1, what
         path.unlink()
     assert len(bad) > 60
+
+
+def deflated(small: Path, path: Path, stream: bytes) -> Path:
+    """The bundle with its model's bytes in the archive being this stream."""
+    with zipfile.ZipFile(small) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    manifest = Manifest.from_json(contents.pop(MANIFEST))
+    path.write_bytes(deflated_bundle(contents, "a/model.onnx", manifest=manifest, stream=stream))
+    return path
+
+
+def model_in(small: Path) -> bytes:
+    with zipfile.ZipFile(small) as archive:
+        return archive.read("a/model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("level", "strategy"),
+    [(0, zlib.Z_DEFAULT_STRATEGY), (6, zlib.Z_FIXED), (1, zlib.Z_DEFAULT_STRATEGY),
+     (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_RLE)],
+)  # fmt: skip
+@pytest.mark.parametrize("build", ["x86_64", "sanitized"])
+def test_deflated_models_are_inflated(build, small, tmp_path, level, strategy) -> None:
+    stream = raw_deflate(model_in(small), level, strategy)
+    path = deflated(small, tmp_path / "sparse.edgekit", stream)
+    assert Runner(built(build)).json("check", path)["ok"]
+
+
+def test_streams_that_are_not_what_is_declared_are_refused(small, tmp_path) -> None:
+    program, model = Runner(built("sanitized")), model_in(small)
+    whole, rng = raw_deflate(model), np.random.default_rng(0)
+    streams = [
+        raw_deflate(model + b"more"), raw_deflate(model[:-1]), whole + b"hidden", whole[:-4],
+        b"\x07" + whole, *(rng.bytes(400) for _ in range(40)),
+    ]  # fmt: skip
+    for stream in streams:
+        done = program("check", deflated(small, tmp_path / "odd.edgekit", stream))
+        assert done.returncode == 2, done.stderr
+        assert "inflates to other sizes" in done.stderr or "times larger" in done.stderr
+    for place in (*range(0, 8 * len(whole), len(whole) // 8), 8 * len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        path = deflated(small, tmp_path / "flipped.edgekit", whole)
+        path.write_bytes(path.read_bytes().replace(whole, bytes(changed)))
+        done = program("check", path)
+        assert (done.returncode, "is damaged" in done.stderr) == (2, True), done.stderr
 
 
 def test_a_flipped_byte_anywhere_is_found(runner, small, tmp_path) -> None:
