@@ -31,7 +31,7 @@ from edgekit.errors import (
     one_line,
 )
 from edgekit.measure.conditions import Moment, wait_until_fit
-from edgekit.measure.phases import Bench, Phases, run_phases
+from edgekit.measure.phases import STOPPED, Bench, Phases, run_phases
 from edgekit.measure.site import Site
 from edgekit.measure.store import Store
 from edgekit.measure.target import open_site
@@ -43,7 +43,7 @@ __all__ = ["bench"]
 _PATIENCE_S = 10.0
 _WHY = {
     "narrow": "the median is known well enough", "budget": "the time was spent",
-    "samples": "enough samples", "failure": "the engine failed",
+    "samples": "enough samples", "failure": "it failed", STOPPED: "it was stopped",
 }  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def _answer(
         stdout.print(f"run {number}; samples and conditions: {file}", markup=False, soft_wrap=True)
     if problems:
         raise AnsweredError(f"the result could not be kept: {'; '.join(problems)}", 2)
-    if any(row["failure"] == "stopped" for row in phases.phases):
+    if any(row["failure"] == STOPPED for row in phases.phases):
         raise AnsweredError("stopped; what was measured is kept", InterruptedRunError.exit_code)
     if phases.status != "done":
         raise AnsweredError(_failures(phases), phases.failure_code)

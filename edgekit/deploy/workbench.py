@@ -47,6 +47,7 @@ class Workbench(Device, Runner):
         super().__init__(transport, PLACE, root=root, python=python)
         self.target = transport.target
         self.sent_bytes = 0
+        self._owed = 0  # answers: Ctrl-C leaves some that nobody waits for any more
         self._observer = observer or Observer()
 
     def __enter__(self) -> Workbench:
@@ -65,10 +66,27 @@ class Workbench(Device, Runner):
         trace: TracebackType | None,
     ) -> None:
         with suppress(EdgeKitError):  # it cleans up, which a process that is killed could not
-            self.tell("bye")
-            while not self.hear(timeout_s=20).get("bye"):
-                pass  # the answer to what Ctrl-C interrupted
+            self.ask("bye", timeout_s=20)
         super().__exit__(kind, error, trace)
+
+    def ask(self, do: str, *, timeout_s: float = _SLOW_S, **facts: Any) -> dict[str, Any]:
+        while self._owed:
+            with suppress(EdgeKitError):
+                self.hear(timeout_s=timeout_s)
+        return super().ask(do, timeout_s=timeout_s, **facts)
+
+    def tell(self, do: str, data: bytes = b"", **facts: Any) -> None:
+        self._owed += 1
+        super().tell(do, data, **facts)
+
+    def hear(self, *, timeout_s: float = _SLOW_S) -> dict[str, Any]:
+        try:
+            found = super().hear(timeout_s=timeout_s)
+        except EdgeKitError:
+            self._owed -= 1
+            raise
+        self._owed -= 1
+        return found
 
     def read(self, patterns: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = self.ask("read", patterns=list(patterns))["files"]

@@ -25,9 +25,11 @@ from edgekit.measure.worker import Contender, Worker
 from edgekit.observer import Observer
 from edgekit_runtime.timing import pack_ns
 
-__all__ = ["INTENTS", "Bench", "Phases", "run_phases"]
+__all__ = ["INTENTS", "STOPPED", "Bench", "Phases", "run_phases"]
 
 INTENTS = ("latency", "throughput", "balanced")
+#: the failure of what Ctrl-C ended
+STOPPED = "stopped"
 _BATCHES = (1, 2, 4, 8)
 _THROUGHPUT_S = 1.0
 #: kept of a run; at a microsecond each, these are taken in a tenth of a second
@@ -115,12 +117,16 @@ class _Job:
             self.out.failure_code = error.exit_code
             self.stopped = isinstance(error, TargetError)  # nothing more comes from there
             self.observer.note(f"{name}: {error}")
-        except KeyboardInterrupt:
-            row |= {"status": "partial", "failure": "stopped"}
-            self.stopped = True
+        except KeyboardInterrupt as stop:
+            self._partial(stop)
         row["seconds"] = round(time.monotonic() - start, 3)
 
-    def _partial(self, failure: EdgeKitError | str) -> None:
+    def _partial(self, failure: EdgeKitError | KeyboardInterrupt) -> None:
+        """What was measured before it is kept."""
+        if isinstance(failure, KeyboardInterrupt):
+            self.out.phases[-1] |= {"status": "partial", "failure": STOPPED}
+            self.stopped = True
+            return
         self.out.phases[-1] |= {"status": "partial", "failure": str(failure)}
         self.observer.note(f"{self.out.phases[-1]['name']}: ended early: {failure}")
         if isinstance(failure, TargetError):  # nothing more comes from there
@@ -246,11 +252,11 @@ class _Job:
                         self.observer.progress("runs", int(passed * 10), int(bench.budget_s * 10))
                     before = time.monotonic(), meter.joules() if isinstance(meter, Meter) else 0.0
                     block = worker.take(0.1, most=20_000)
-                except EdgeKitError as error:
+                except (EdgeKitError, KeyboardInterrupt) as error:
                     if not samples:
                         raise
                     self._partial(error)
-                    stopped = "failure"
+                    stopped = "failure" if isinstance(error, EdgeKitError) else STOPPED
                     break
                 if isinstance(meter, Meter):
                     joules += meter.joules() - before[1]
@@ -297,8 +303,8 @@ class _Job:
                 progress=lambda done, total: self.observer.progress("soak (s)", done, total),
             )
         self.out.found["soak"] = result.to_json()
-        if result.failure:
-            self._partial(result.failure)
+        if result.error is not None:
+            self._partial(result.error)
 
 
 def _failed(rows: list[dict[str, Any]]) -> EdgeKitError:

@@ -30,13 +30,21 @@ class Soak:
     runs: list[int] = field(default_factory=list)
     frequency_khz: list[int | None] = field(default_factory=list)
     temperature_mc: list[int | None] = field(default_factory=list)
-    failure: str | None = None
+    error: EdgeKitError | KeyboardInterrupt | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it ended early."""
+        return None if self.error is None else str(self.error) or "stopped"
 
     def to_json(self) -> dict[str, Any]:
         """With the first and the last minute's medians (a tenth of the time, if it is under ten
         minutes), their ratio, and `onset_s`: when it became slower for good, None if it did not.
         """
-        document: dict[str, Any] = {**vars(self), "onset_s": self.onset_s()}
+        document: dict[str, Any] = {
+            **{key: value for key, value in vars(self).items() if key != "error"},
+            "failure": self.failure, "onset_s": self.onset_s(),
+        }  # fmt: skip
         if self.at_s:
             span = min(60.0, max(self.at_s[-1] / 10, 1.0))
             first = [ns for at, ns in zip(self.at_s, self.p50_ns, strict=True) if at <= span]
@@ -71,7 +79,8 @@ def soak(
 ) -> Soak:
     """Call `take(window_s)`, which returns the nanoseconds of runs, until the time is over.
 
-    What fails ends it; what was measured until then is kept, and `failure` says so.
+    What fails ends it, and so does Ctrl-C; what was measured until then is kept, and `failure` says
+    so.
     """
     found = Soak(seconds)
     window = max(1.0, seconds / _MOST_POINTS)
@@ -79,11 +88,11 @@ def soak(
     while (passed := clock() - start) < seconds:
         try:
             samples = [ns for ns in take(min(window, seconds - passed)) if ns > 0]
-        except EdgeKitError as error:
-            found.failure = str(error)
+            now = look() if samples else None
+        except (EdgeKitError, KeyboardInterrupt) as error:
+            found.error = error
             break
-        if samples:
-            now = look()
+        if now is not None:
             found.at_s.append(round(clock() - start, 3))
             found.p50_ns.append(int(np.median(samples)))
             found.p90_ns.append(int(np.quantile(samples, 0.9)))

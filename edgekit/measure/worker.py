@@ -72,6 +72,9 @@ class Worker:
 
     `cpus`: the processors it may run on; contenders on the same ones share what disturbs them.
     `intent`: "throughput" loads it for calls side by side.
+
+    Its process group is its own, in our session: should we be killed while it is frozen, the system
+    ends it, as it does with every stopped group that is orphaned (POSIX, _Exit: Consequences).
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Worker:
         with _only_on(self._cpus):  # a child inherits the processors of the thread that starts it
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-                env=child_environment(), start_new_session=True,
+                env=child_environment(), process_group=0,
             )  # fmt: skip
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from edgekit.measure import phases as phases_module
 from edgekit.measure import target as target_module
 from edgekit.measure.benchmark import Rounds, measure
 from edgekit.measure.phases import Bench, run_phases
-from edgekit.measure.site import There
+from edgekit.measure.site import HERE, There
 from edgekit.measure.target import Target, TargetSite, facts_of
 from edgekit.measure.worker import Contender
 from edgekit.observer import Observer
@@ -142,6 +143,54 @@ def test_a_link_lost_while_measuring_keeps_what_there_is(
     assert (phases.status, phases.failure_code) == ("partial", 4), phases.phases
     assert "lost" in phases.phases[-1]["failure"] and "\n" not in phases.phases[-1]["failure"]
     assert phases.found["latency_ns"]["samples"] > 0, phases.phases and phases.found["cold"]
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_ctrl_c_keeps_what_there_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(phases_module, "_MOST_SAMPLES", 10**9)
+    root = tmp_path / "root"
+    site = HERE if where == "here" else site_of(root)
+
+    class Impatient(Observer):
+        def progress(self, task: str, done: int, total: int) -> None:
+            if task == "runs" and done > 5:
+                threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    bench = Bench(Contender("m", model, 1, "onnxruntime"), 1, cold=1, budget_s=30.0, soak_s=30.0,
+                  enough=0.0, site=site)  # fmt: skip
+    with site.session():
+        phases = run_phases(bench, Impatient())
+    last = phases.phases[-1]
+    assert (phases.status, last["name"], last["failure"]) == ("partial", "warm latency", "stopped")
+    assert phases.found["latency_ns"]["samples"] > 0
+    assert phases.found["stopped"] == "stopped"
+    assert not children(str(root))
+    assert where == "here" or not list((root / "_measured").glob("scratch*"))
+
+
+def test_what_is_frozen_ends_with_who_started_it(model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, script, model], stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        pid = int(started.stdout.readline())
+        wait_for(lambda: "\nState:\tT" in Path(f"/proc/{pid}/status").read_text())
+        started.kill()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in
+             Path(f"/proc/{pid}/status").read_text())  # fmt: skip
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from edgekit.measure.worker import Contender, Worker
+
+with Worker(Contender("m", Path(sys.argv[1]), 1, "onnxruntime"), None) as worker:
+    print(worker.pid, flush=True)
+    time.sleep(60)
+"""
 
 
 def test_what_is_frozen_ends_with_its_keeper(model: Path, tmp_path: Path) -> None:
