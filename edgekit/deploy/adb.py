@@ -25,6 +25,7 @@ __all__ = ["AdbTransport"]
 
 _SERVER_S = 10.0  # for the adb server here
 _DEVICE_S = 15.0  # for a device to take a connection or a packet
+_SILENCE_S, _SIGN_S = 10.0, 8.0  # until a silent device is asked for a sign of life, and for that
 _STDIN, _STDOUT, _STDERR, _EXIT, _CLOSE_STDIN = range(5)
 _PACKET = struct.Struct("<BI")
 _PIECE = 32 << 10  # of a packet of the shell; adbd's own are as large
@@ -57,12 +58,12 @@ class AdbTransport(Transport):
 
     def run(self, command: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         late = time.monotonic() + timeout_s
-        shell = self._shell(command)
+        shell, watch = self._shell(command), _Watch(self)
         try:
             shell.send(stdin, late)
             shell.close_stdin()
             while shell.code is None:
-                if not shell.pump(late):
+                if not watch.pump(shell, late):
                     raise TargetError(
                         f"{self.target}: {command[0]} did not end within {timeout_s:.0f} s"
                     )
@@ -99,7 +100,7 @@ class AdbTransport(Transport):
         if not wanted:
             return self._only(states)
         networked = ":" in wanted
-        if states.get(wanted) == "device" and not (networked and self._is_dead(wanted)):
+        if states.get(wanted) == "device" and not (networked and not self.answers(wanted)):
             return wanted
         if networked:  # after a reboot adb says "already connected", and every command fails
             self._client.disconnect(wanted)
@@ -135,13 +136,13 @@ class AdbTransport(Transport):
     def _states(self) -> dict[str, str]:
         return {one.serial: one.state for one in self._client.list()}
 
-    def _is_dead(self, serial: str) -> bool:
-        """Whether a device that adb calls connected takes no command."""
+    def answers(self, serial: str | None = None) -> bool:
+        """Whether a device, this one without `serial`, takes a command; waits some seconds."""
         try:
-            _Shell(self._open(f"shell,v2,raw:{shlex.quote('true')}", serial, 5.0)).close()
+            _Shell(self._open("shell,v2,raw:true", serial or self.serial, _SIGN_S)).close()
         except self._errors:
-            return True
-        return False
+            return False
+        return True
 
     def _open(self, service: str, serial: str, timeout_s: float = _DEVICE_S) -> socket.socket:
         """A connection to a service of the device."""
@@ -270,9 +271,40 @@ class _Shell:
         self._socket.close()
 
 
+class _Watch:
+    """Notices within half a minute that a device which says nothing is frozen or gone, where adb
+    would wait for ever."""
+
+    def __init__(self, transport: AdbTransport) -> None:
+        self._transport, self._missed = transport, 0
+        self._next = time.monotonic() + _SILENCE_S
+
+    def pump(self, shell: _Shell, late: float) -> bool:
+        """As `_Shell.pump`.
+
+        Raises:
+            TargetError: the link is lost, or the device gave no sign of life twice.
+        """
+        while not shell.pump(min(late, self._next)):
+            if time.monotonic() < self._next:
+                return False
+            self._missed = 0 if self._transport.answers() else self._missed + 1
+            if self._missed > 1:
+                raise TargetError(
+                    f"{self._transport.target}: it does not answer any more: it is frozen, "
+                    "unplugged or gone"
+                )
+            self._next = time.monotonic() + (0 if self._missed else _SILENCE_S)
+            if time.monotonic() >= late:
+                return False
+        self._next = time.monotonic() + _SILENCE_S
+        return True
+
+
 class _AdbConversation(Conversation):
     def __init__(self, transport: AdbTransport, shell: _Shell) -> None:
         self._transport, self._shell, self._over = transport, shell, False
+        self._watch = _Watch(transport)
 
     @property
     def target(self) -> str:
@@ -289,7 +321,7 @@ class _AdbConversation(Conversation):
         while (end := shell.stdout.find(b"\n")) < 0:
             if shell.code is not None:
                 raise self._ended(shell.code)
-            if not shell.pump(late):
+            if not self._watch.pump(shell, late):
                 return None
         found = bytes(shell.stdout[: end + 1])
         del shell.stdout[: end + 1]

@@ -170,7 +170,7 @@ def _phone_up(folder: Path, chosen: Board, disk_mb: int, observer: Observer) -> 
         _check_room(folder, _PHONE_BYTES)
         observer.phase("making the phone (once; some seconds)")
         _script("make_phone.sh", root)
-    port = _free_port({one.port for one in running()})
+    port = _free_port({one.port for one in running()} | _phone_ports())
     log = folder / "run" / f"{port}.log"
     log.parent.mkdir(exist_ok=True)
     observer.phase(f"starting {PHONE}")
@@ -178,6 +178,16 @@ def _phone_up(folder: Path, chosen: Board, disk_mb: int, observer: Observer) -> 
     number = port - _FIRST_PORT
     pid = _script("phone_up.sh", root, facts, number, chosen.cpu, disk_mb, log)
     return _noted(Running(PHONE, int(pid), port, False, _started(int(pid))), log)
+
+
+def _phone_ports() -> set[int]:
+    """Those of phones that are up, of other cache folders, too: each has a network of its name."""
+    found = set()
+    for path in Path("/run/netns").glob("edgekit-phone-*"):
+        line = ["ip", "netns", "pids", path.name]
+        if subprocess.run(line, capture_output=True, check=False).stdout.strip():
+            found.add(_FIRST_PORT + int(path.name.rpartition("-")[2]))
+    return found
 
 
 def _facts(folder: Path, chosen: Board) -> Path:

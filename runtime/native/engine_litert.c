@@ -184,9 +184,9 @@ static struct engine *load(const void *model, size_t size, int64_t threads) {
     handle signature;
     size_t signatures;
     bool whole = false;
+    find_library();
     if (size < 8 || memcmp((const char *)model + 4, "TFL3", 4))
         fail(UNUSABLE, "not a TFLite model: wanted 'TFL3' at byte 4");
-    find_library();
     make_environment(engine);
     make_options(engine, threads);
     int status = api.CreateModelFromBuffer(engine->environment, model, size, &engine->model);

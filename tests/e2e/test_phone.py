@@ -6,16 +6,19 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Cli
 from deployable import Maker
-from native_runner import bundle_of
+from fashion_cnn import fashion_cnn
+from native_runner import bundle_of, python_runtime, shape_of
 
+from edgekit.cache import default_root
 from edgekit.deploy import Transport, connect, lab
 from edgekit.deploy.capsule import capsule
 from edgekit.deploy.install import deploy
@@ -25,22 +28,25 @@ from edgekit.errors import MissingToolError, TargetError, UsageError
 
 pytestmark = [pytest.mark.devices, pytest.mark.needs("adbutils", "onnxruntime", "onnx")]
 DISK_MB = 96
-
-
-def _up() -> Running:
-    try:
-        capsule()
-        return lab.up(lab.PHONE, disk_mb=DISK_MB)
-    except (UsageError, MissingToolError) as error:
-        pytest.skip(str(error))
+LARGE = 400_000  # a bundle of more than one packet
+WITHIN_S = 60.0  # any fault is reported by then
 
 
 @pytest.fixture(scope="module")
 def phone() -> Iterator[Running]:
     os.environ.setdefault("ANDROID_ADB_SERVER_PORT", "5137")  # not the user's
-    up = _up()
+    try:
+        capsule()
+        up = lab.up(lab.PHONE, disk_mb=DISK_MB)
+    except (UsageError, MissingToolError) as error:
+        pytest.skip(str(error))
     yield up
     lab.down(str(up.port))
+
+
+@pytest.fixture(scope="module")
+def edgekit() -> Cli:
+    return Cli(default_root())  # whose lab the phone is of
 
 
 @pytest.fixture
@@ -54,22 +60,24 @@ def device(phone: Running, name: str = "m") -> Iterator[Phone]:
         yield made
 
 
-def said_by(phone: Running, path: Path, *verb: object) -> dict[str, Any]:
+def said_by(phone: Running, path: Path, *verbs: tuple[object, ...]) -> list[dict[str, Any]]:
     """What the runner there prints about a bundle that is pushed to it."""
+    found = []
     with device(phone, "said") as made:
         folder = made.transport.scratch()
         made.transport.push(path, f"{folder}/{path.name}")
-        words = [str(verb[0]), f"{folder}/{path.name}", *map(str, verb[1:]), "--json"]
-        done = made.transport.run([*made.program, *words], timeout_s=300)
-        assert done.code == 0, done.last_words
+        for verb in verbs:
+            words = [str(verb[0]), f"{folder}/{path.name}", *map(str, verb[1:]), "--json"]
+            done = made.transport.run([*made.program, *words], timeout_s=300)
+            assert done.code == 0, done.last_words
+            found.append(json.loads(done.stdout))
         made.transport.run(["rm", "-r", folder], timeout_s=60)
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+    return found
 
 
-def test_deploy_check_bench_deploy_again_and_go_back(phone, make, edgekit, tmp_path) -> None:
-    there = ("--to", phone.target, "--as", "story")
-    first = json.loads(edgekit("deploy", make(1), *there, "--json").stdout)
+def test_deploy_check_bench_deploy_again_and_go_back(phone, make, edgekit) -> None:
+    there = ("--to", phone.target, "--as", "story", "--json")
+    first = json.loads(edgekit("deploy", make(1), *there).stdout)
     assert (first["state"], first["trial"]["ok"]) == ("new", True)
     checked = edgekit("check", make(1), "--on", phone.target, "--json")
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"], checked.stderr
@@ -83,13 +91,13 @@ def test_deploy_check_bench_deploy_again_and_go_back(phone, make, edgekit, tmp_p
     assert document["latency_ns"]["label"] == "simulated (emulator)"
     assert (taken_in["target"], taken_in["screen"], taken_in["thermal_status"]) == ("adb", "on", 0)
     assert taken_in["battery"] == {"percent": 81, "discharging": False}
-    second = json.loads(edgekit("deploy", make(2), *there, "--json").stdout)
+    second = json.loads(edgekit("deploy", make(2), *there).stdout)
     assert second["previous"] == first["file"]
-    back = json.loads(edgekit("rollback", *there, "--json").stdout)
+    back = json.loads(edgekit("rollback", *there).stdout)
     assert back["active"] == first["file"]
-    status = json.loads(edgekit("status", *there, "--json").stdout)
+    status = json.loads(edgekit("status", *there).stdout)
     assert status["active"] == first["file"] and len(status["versions"]) == 2
-    gone = json.loads(edgekit("gc", *there, "--json").stdout)
+    gone = json.loads(edgekit("gc", *there).stdout)
     assert gone["versions"] == [first["file"]]
 
 
@@ -107,16 +115,32 @@ def test_what_fails_its_trial_there_is_not_activated(phone, make) -> None:
         good = deploy(make(1), made)
         with pytest.raises(TargetError, match="golden output"):
             deploy(make(2, off=0.5), made)
-        with pytest.raises(TargetError, match="has no engine 'litert'"):
+        with pytest.raises(TargetError, match="the engine 'litert' is not here"):
             deploy(make(3, engine="litert"), made)
         assert made.ask("status")["active"] == good.file
 
 
-def test_the_outputs_of_a_digit_cnn_are_the_hosts(phone, digits, tmp_path) -> None:
+def test_the_outputs_of_a_digit_cnn_are_the_hosts_and_documents_pythons(
+    phone, digits, tmp_path
+) -> None:
     model, data = digits
     with np.load(data) as held:
         samples = [{"image": held["image"][n : n + 1]} for n in range(2)]
-    found = said_by(phone, bundle_of(model, samples, tmp_path / "digits.edgekit"), "check")
+    path = bundle_of(model, samples, tmp_path / "digits.edgekit")
+    verbs: tuple[tuple[object, ...], ...] = (("check",), ("bench", "--runs", 2), ("info",))
+    said = dict(zip(("check", "bench", "info"), said_by(phone, path, *verbs), strict=True))
+    for verb in verbs:
+        assert shape_of(said[str(verb[0])]) == shape_of(python_runtime(verb[0], path, *verb[1:]))
+    found = said["check"]
+    assert found["ok"] and found["outputs"][0]["max_abs"] <= 1e-5
+
+
+def test_the_outputs_of_a_fashion_cnn_are_the_hosts(phone, tmp_path) -> None:
+    pytest.importorskip("torch")
+    model, images, right = fashion_cnn(tmp_path / "fashion.onnx")
+    assert right > 0.75  # it has learned something
+    samples = [{"image": images[n : n + 1]} for n in range(2)]
+    (found,) = said_by(phone, bundle_of(model, samples, tmp_path / "f.edgekit"), ("check",))
     assert found["ok"] and found["outputs"][0]["max_abs"] <= 1e-5
 
 
@@ -124,7 +148,7 @@ def test_the_outputs_of_magika_are_the_hosts(phone, magika, tmp_path) -> None:
     model, data = magika
     with np.load(data) as held:
         samples = [{"bytes": held["bytes"][:1]}]
-    found = said_by(phone, bundle_of(model, samples, tmp_path / "magika.edgekit"), "check")
+    (found,) = said_by(phone, bundle_of(model, samples, tmp_path / "m.edgekit"), ("check",))
     assert found["ok"] and found["outputs"][0]["max_abs"] <= 1e-5
 
 
@@ -132,7 +156,7 @@ def test_the_outputs_of_magika_are_the_hosts(phone, magika, tmp_path) -> None:
 
 
 @contextmanager
-def at(made: Phone, verb: str, action: Any) -> Iterator[None]:
+def at(made: Phone, verb: str, action: Callable[[], object]) -> Iterator[None]:
     """Have something happen right after a request was sent."""
     tell = made.tell
 
@@ -148,139 +172,167 @@ def at(made: Phone, verb: str, action: Any) -> Iterator[None]:
         made.tell = tell  # type: ignore[method-assign]
 
 
-def inside(phone: Running, pattern: str) -> list[int]:
-    """Processes of the phone by their command line, as this machine numbers them."""
+def inside(phone: Running, word: str) -> list[int]:
+    """Processes of the phone that have this word in their command, as this machine numbers them."""
     found = []
+    network = Path(f"/proc/{phone.pid}/ns/net").readlink()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            tree = (folder / "ns/net").readlink() == Path(f"/proc/{phone.pid}/ns/net").readlink()
-            if tree and pattern in words:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if word in words and (folder / "ns/net").readlink() == network:
                 found.append(int(folder.name))
     return found
 
 
-def send(phone: Running, pattern: str, number: int) -> None:
-    found = inside(phone, pattern)
-    assert found, pattern
+def send(phone: Running, word: str, number: int) -> None:
+    found = inside(phone, word)
+    assert found, word
     for pid in found:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def intact(phone: Running, make: Maker, file: str, sequence: int) -> None:
-    """The old version is active, and the next deploy works."""
-    with device(phone, "fault") as made:
-        assert made.ask("status")["active"] == file
-        assert deploy(make(sequence), made).file.startswith(f"{sequence}-")
+def daemon(phone: Running, number: int) -> None:
+    send(phone, "/usr/sbin/adbd", number)
+
+
+def reboot(phone: Running) -> None:
+    (init,) = Path(f"/proc/{phone.pid}/task/{phone.pid}/children").read_text().split()
+    os.kill(int(init), signal.SIGUSR1)
+
+
+def cable(phone: Running, state: str) -> None:
+    link = f"ekphone{phone.target.split('.')[2]}"
+    subprocess.run(["ip", "link", "set", link, state], check=True)
 
 
 def base(phone: Running, make: Maker) -> str:
+    """The version that is active, deployed first if there is none."""
     with device(phone, "fault") as made:
         active = made.ask("status")["active"]
         return str(active or deploy(make(1), made).file)
 
 
-def fails(
-    phone: Running, make: Maker, sequence: int, verb: str, action: Any, within_s: float
-) -> str:
-    start = time.monotonic()
+def faulty(
+    phone: Running, make: Maker, sequence: int, verb: str, action: Callable[[], object],
+    undo: Callable[[], object] = lambda: None,
+) -> str:  # fmt: skip
+    """What a deploy says to which this happens at a request: one line, in time; the old version is
+    intact, and the next deploy works."""
+    file, start = base(phone, make), time.monotonic()
     with (
         pytest.raises(TargetError) as caught,
         device(phone, "fault") as made,
         at(made, verb, action),
     ):
-        deploy(make(sequence, extra=os.urandom(400_000)), made)
-    assert time.monotonic() - start < within_s
+        start = time.monotonic()
+        deploy(make(sequence, extra=os.urandom(LARGE)), made)
+    assert time.monotonic() - start < WITHIN_S
+    undo()
+    with reached(phone) as made:
+        assert made.ask("status")["active"] == file
+        assert deploy(make(sequence + 1), made).file.startswith(f"{sequence + 1}-")
     text = str(caught.value)
     assert "\n" not in text and phone.target in text
     return text
 
 
-def test_a_killed_runner(phone, make) -> None:
-    file = base(phone, make)
-    said = fails(phone, make, 10, "commit", lambda: send(phone, " desk ", signal.SIGKILL), 60)
-    assert "ended" in said or "lost" in said
-    intact(phone, make, file, 11)
+@contextmanager
+def reached(phone: Running) -> Iterator[Phone]:
+    """The phone once its adbd is back, and once the one before has noticed its end."""
+    late = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            with device(phone, "fault") as made:
+                made.ask("there", files=[])  # takes the lock
+                break
+        except TargetError:
+            assert time.monotonic() < late
+            time.sleep(0.5)
+    with device(phone, "fault") as made:
+        yield made
 
 
-def test_a_killed_adbd_and_a_reboot(phone, make) -> None:
-    file = base(phone, make)
-
-    def pull_and_boot() -> None:
-        os.kill(phone.pid, signal.SIGKILL)
-
-    said = fails(phone, make, 20, "take", pull_and_boot, 60)
-    assert "lost" in said or "ended" in said
-    with pytest.raises(TargetError, match=phone.target):
-        connect(phone.target)
-    assert file
+@pytest.mark.parametrize("verb", ["take", "commit"])
+def test_a_killed_runner(phone, make, verb) -> None:
+    kill = lambda: send(phone, "desk", signal.SIGKILL)
+    said = faulty(phone, make, {"take": 10, "commit": 12}[verb], verb, kill)
+    assert "ended" in said
 
 
-def test_a_frozen_daemon_is_given_up_in_time(make) -> None:
-    up = _up()
-    try:
-        file = base(up, make)
-        stop = lambda: os.kill(_daemon(up), signal.SIGSTOP)
-        start = time.monotonic()
-        with connect(up.target) as there:
-            stop()
+def test_a_killed_adbd(phone, make) -> None:
+    said = faulty(phone, make, 20, "take", lambda: daemon(phone, signal.SIGKILL))
+    assert "the link is lost" in said
+
+
+def test_a_reboot(phone, make) -> None:
+    said = faulty(phone, make, 30, "commit", lambda: reboot(phone))
+    assert "the link is lost" in said
+
+
+def test_a_frozen_daemon(phone, make) -> None:
+    said = faulty(
+        phone, make, 40, "commit", lambda: daemon(phone, signal.SIGSTOP),
+        lambda: daemon(phone, signal.SIGCONT),
+    )  # fmt: skip
+    assert "frozen" in said
+    with connect(phone.target) as there:
+        daemon(phone, signal.SIGSTOP)
+        try:
             with pytest.raises(TargetError, match="frozen|did not end"):
                 there.run(["true"], timeout_s=5)
-            os.kill(_daemon(up), signal.SIGCONT)
-        assert time.monotonic() - start < 60
-        intact(up, make, file, 31)
-    finally:
-        lab.down(str(up.port))
+        finally:
+            daemon(phone, signal.SIGCONT)
 
 
-def _daemon(up: Running) -> int:
-    (pid,) = [one for one in inside(up, "/usr/sbin/adbd") if one != up.pid][-1:] or [up.pid]
-    return pid
+def test_unplugged_in_mid_push(phone, make) -> None:
+    said = faulty(phone, make, 50, "take", lambda: cable(phone, "down"), lambda: cable(phone, "up"))
+    assert "unplugged" in said
 
 
-def test_a_full_disk_and_a_phone_unplugged_in_mid_push(make) -> None:
-    up = _up()
-    name = f"ekphone{up.port - 2240}"
+def test_unplugged_while_the_runner_is_brought(phone, tmp_path) -> None:
+    large = tmp_path / "engine.so"
+    large.write_bytes(os.urandom(24 << 20))
+    timer = threading.Timer(0.3, cable, [phone, "down"])
+    with connect(phone.target) as there:
+        folder, start = there.scratch(), time.monotonic()
+        timer.start()
+        try:
+            with pytest.raises(TargetError, match=r"engine\.so") as caught:
+                for _ in range(20):
+                    there.push(large, f"{folder}/engine.so")
+        finally:
+            timer.join()
+            cable(phone, "up")
+    assert time.monotonic() - start < WITHIN_S and "\n" not in str(caught.value)
+    with reached(phone) as made:
+        made.transport.run(["rm", "-r", folder], timeout_s=60)
 
-    def cable(state: str) -> None:
-        subprocess.run(["ip", "link", "set", name, state], check=True)
 
+def test_a_full_disk(phone, make) -> None:
+    file = base(phone, make)
+    fill = "dd if=/dev/zero of=/data/local/tmp/fill bs=1048576 count=200 2>/dev/null; true"
+    with connect(phone.target) as there:
+        there.run(["sh", "-c", fill], timeout_s=120)
+    with (
+        device(phone, "fault") as made,
+        pytest.raises(TargetError, match="no room|disk there is full"),
+    ):
+        deploy(make(60, extra=os.urandom(LARGE)), made)
+    with connect(phone.target) as there:
+        there.run(["rm", "/data/local/tmp/fill"], timeout_s=60)
+    with device(phone, "fault") as made:
+        assert made.ask("status")["active"] == file
+        assert deploy(make(61), made).file.startswith("61-")
+
+
+def test_a_capsule_is_small() -> None:
     try:
-        file = base(up, make)
-        with connect(up.target) as there:
-            fill = "dd if=/dev/zero of=/data/local/tmp/fill bs=1048576 count=200 2>/dev/null; true"
-            there.run(["sh", "-c", fill], timeout_s=120)
-        with (
-            device(up, "fault") as made,
-            pytest.raises(TargetError, match="no room|disk there is full"),
-        ):
-            deploy(make(40, extra=os.urandom(400_000)), made)
-        with connect(up.target) as there:
-            there.run(["rm", "/data/local/tmp/fill"], timeout_s=60)
-        intact(up, make, file, 41)
-        with device(up, "fault") as made:
-            file = str(made.ask("status")["active"])
-        threading.Timer(60.0, cable, ["up"]).start()
-        start = time.monotonic()
-        with (
-            pytest.raises(TargetError),
-            device(up, "fault") as made,
-            at(made, "take", lambda: cable("down")),
-        ):
-            made.hear = lambda timeout_s=20.0, _hear=made.hear: _hear(timeout_s=20.0)  # type: ignore
-            deploy(make(42, extra=os.urandom(400_000)), made)
-        assert time.monotonic() - start < 60
-        cable("up")
-        time.sleep(1)
-        intact(up, make, file, 43)
-    finally:
-        lab.down(str(up.port))
-
-
-def test_an_overhead_beside_the_host_is_not_in_the_capsule(phone) -> None:
-    assert capsule().size_bytes <= 35_000_000
-    assert capsule().files["edgekit-run"].stat().st_size <= 200_000
+        made = capsule()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    assert made.size_bytes <= 35_000_000
+    assert made.files["edgekit-run"].stat().st_size <= 200_000
 
 
 def test_transport(phone, tmp_path) -> None:

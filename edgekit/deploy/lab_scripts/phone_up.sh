@@ -28,7 +28,13 @@ ip netns exec "$NET" setsid unshare --mount --pid --uts --ipc --fork --kill-chil
   while read -r n a b; do mknod -m 666 "$R/dev/$n" c $a $b; done <<< $'"'"'null 1 3\nzero 1 5\nfull 1 7\nrandom 1 8\nurandom 1 9\ntty 5 0'"'"'
   mkdir "$R/dev/pts" "$R/dev/shm"; mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts "$R/dev/pts"
   ln -s pts/ptmx "$R/dev/ptmx"; mount -t tmpfs tmpfs "$R/dev/shm"
-  exec env -i QEMU_CPU=$CPU ADBD_PORT=5555 PATH=/system/bin:/usr/bin ANDROID_ROOT=/system ANDROID_DATA=/data TMPDIR=/data/local/tmp HOME=/ /usr/sbin/chroot "$R" /usr/sbin/adbd
+  # adbd is started again when it ends, as init of Android does; USR1 is a reboot
+  trap "kill -9 -1" USR1
+  while true; do
+    env -i QEMU_CPU=$CPU ADBD_PORT=5555 PATH=/system/bin:/usr/bin ANDROID_ROOT=/system ANDROID_DATA=/data TMPDIR=/data/local/tmp HOME=/ /usr/sbin/chroot "$R" /usr/sbin/adbd &
+    wait $! || true
+    sleep .5
+  done
 ' >"$LOG" 2>&1 </dev/null &
 PID=$!
 for _ in $(seq 200); do
