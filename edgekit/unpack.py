@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from edgekit_runtime.manifest import InputSteps, Manifest, TensorSpec, Variant
 __all__ = ["unpack"]
 
 _NUMBERS = {"float32": "Float", "int32": "Int", "int64": "Long", "int8": "Byte", "bool": "Boolean"}
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 def unpack(bundle: Path, folder: Path) -> Manifest:
@@ -36,8 +39,8 @@ def unpack(bundle: Path, folder: Path) -> Manifest:
         manifest = opened.manifest
         new = folder.parent / f".{folder.name}-{os.getpid()}"
         try:
-            for variant in manifest.variants:
-                place = new / variant.id
+            for variant, name in _folders(manifest):
+                place = new / name
                 place.mkdir(parents=True)
                 for path in variant.files:
                     (place / Path(path).name).write_bytes(opened.read(path))
@@ -50,6 +53,12 @@ def unpack(bundle: Path, folder: Path) -> Manifest:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return manifest
+
+
+def _folders(manifest: Manifest) -> Iterator[tuple[Variant, str]]:
+    """Each variant and the name of its folder: its id, if that is a plain name."""
+    for number, variant in enumerate(manifest.variants, 1):
+        yield variant, variant.id if _PLAIN.fullmatch(variant.id) else f"variant {number}"
 
 
 def _write_words(manifest: Manifest, folder: Path) -> None:
@@ -69,7 +78,7 @@ def _how_to(manifest: Manifest) -> str:
         "From an EdgeKit bundle; `manifest.json` says what was measured and how it was made. Copy "
         "the model into `app/src/main/assets/`. Variants are in order of preference.",
         _processing(manifest),
-        *(_variant(one, manifest) for one in manifest.variants),
+        *(_variant(one, name, manifest) for one, name in _folders(manifest)),
         "## Is it right on the phone?\n\n"
         "`golden-inputs.npz` and `golden-outputs.npz` beside a model hold samples and what it gave "
         "for them (first axis: samples). Run them once in an instrumented test. Or, without an "
@@ -95,7 +104,7 @@ def _steps(steps: InputSteps) -> str:
     return f"from {steps.source}: {', '.join(str(one['op']) for one in steps.steps)}"
 
 
-def _variant(variant: Variant, manifest: Manifest) -> str:
+def _variant(variant: Variant, folder: str, manifest: Manifest) -> str:
     file = Path(variant.files[0]).name
     table = [
         "| | name in the model | type | shape |", "|---|---|---|---|",
@@ -104,7 +113,7 @@ def _variant(variant: Variant, manifest: Manifest) -> str:
     ]  # fmt: skip
     code = {"onnxruntime": _onnxruntime, "litert": _litert}.get(variant.engine)
     shown = code(file, variant, manifest) if code else _other(variant)
-    head = f"## `{variant.id}/{file}` ({variant.scheme}, {variant.threads} thread(s))"
+    head = f"## `{folder}/{file}` ({variant.scheme}, {variant.threads} thread(s))"
     return "\n\n".join([head, "\n".join(table), shown])
 
 

@@ -3,17 +3,44 @@
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from bundles import bundle, make_manifest, make_variant, npz
 
+from edgekit.deploy.capsule import native_runner
+from edgekit.errors import MissingToolError
 from edgekit_runtime import load
 from edgekit_runtime.manifest import Golden, Tolerance
+
+
+def native_program(target: str = "") -> Path:
+    """The runner for this machine, or its build of this name: `sanitized`, `fuzz`."""
+    try:
+        return native_runner(target or platform.machine())
+    except MissingToolError as error:
+        pytest.skip(str(error))
+
+
+def engine_libraries() -> dict[str, str]:
+    """The environment with the places of the installed engines' libraries."""
+    found = dict(os.environ)
+    for name, package, pattern in (
+        ("EDGEKIT_ONNXRUNTIME", "onnxruntime", "capi/libonnxruntime.so.*"),
+        ("EDGEKIT_LITERT", "ai_edge_litert", "libLiteRt.so"),
+    ):
+        spec = find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            for library in Path(place).glob(pattern):
+                found[name] = str(library)
+    return found
 
 
 class Runner:

@@ -128,12 +128,13 @@ def probe(
     """Read what a device says of itself, measure its roofline, and make a profile of it.
 
     Nothing is installed there: EdgeKit's runtime (100 kB) and a few small models are copied to a
-    temporary folder, which is removed again. A device without Python is read, not measured.
+    temporary folder, which is removed again. A device without Python is read, not measured; over
+    adb the native runner is brought, which stays for the next time.
 
     Parameters
     ----------
     target
-        local, ssh://user@host:port, or a file with what --script printed on the device.
+        local, ssh://user@host:port, adb:SERIAL, or a file with what --script printed on the device.
     output
         Where the profile is written; without it, it is printed.
     profile_id

@@ -172,12 +172,21 @@ class AdbTransport(Transport):
                 if select.select([made], [], [], 0)[0]:
                     break  # it refuses already
             made.sendall(b"DONE" + struct.pack("<I", int(time.time())))
-            made.settimeout(120.0)  # a slow card writes what it has taken
+            self._await(made)
             head = _exactly(made, 8)
             if head[:4] != b"OKAY":
                 size = min(struct.unpack("<I", head[4:])[0], 1024)
                 words = _exactly(made, size).decode(errors="replace")
                 raise TargetError(f"{self.target}: copying {source.name}: {words}")
+
+    def _await(self, made: socket.socket) -> None:
+        """Until a service has something to say: a slow card writes for minutes what it has taken,
+        a device that is gone is noticed."""
+        missed = 0
+        while not select.select([made], [], [], 0 if missed else _SILENCE_S)[0]:
+            missed = 0 if self.answers() else missed + 1
+            if missed > 1:
+                raise TimeoutError
 
     def _mapped(self, work: Callable[[], _T], what: str) -> _T:
         """The result; what adb, its server and sockets raise as one of ours."""

@@ -22,7 +22,7 @@ from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 
 __all__ = [
-    "Capsule", "capsule", "engine_version", "native_runner", "native_sources",
+    "Capsule", "capsule", "engine_version", "native_headers", "native_runner", "native_sources",
     "runner_command",
 ]  # fmt: skip
 
@@ -101,18 +101,28 @@ def native_runner(machine: str, observer: Observer | None = None) -> Path:
     Raises:
         MissingToolError: as `capsule`.
     """
-    observer, sources, version = observer or Observer(), native_sources(), engine_version()
+    observer, sources = observer or Observer(), native_sources()
     key = content_key(kind="native-runner", target=machine, sources=_sources_hash(sources))
 
     def make(folder: Path) -> None:
         _need_tools()
-        headers = _parts(version, sources, observer) / "debian/usr/include/onnxruntime"
+        headers = native_headers(observer)
         observer.phase(f"building the runner for {machine} (once)")
         _run(["make", "-C", str(sources), f"BUILD={folder}", f"HEADERS={headers}", machine],
              "the runner")  # fmt: skip
 
     (found,) = (Cache().folder(key, make) / machine).glob("edgekit-*")
     return found
+
+
+def native_headers(observer: Observer | None = None) -> Path:
+    """The folder of ONNX Runtime's C headers, fetched first if they are not in the cache.
+
+    Raises:
+        MissingToolError: as `capsule`.
+    """
+    parts = _parts(engine_version(), native_sources(), observer or Observer())
+    return parts / "debian/usr/include/onnxruntime"
 
 
 def _sources_hash(sources: Path) -> str:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgekit.deploy import Transport, connect
+from edgekit.deploy.phone import PhoneWorkbench
 from edgekit.deploy.runtime_archive import runtime_archive
 from edgekit.device import DeviceProfile
-from edgekit.errors import ChildError, EdgeKitError, TargetError, one_line
+from edgekit.errors import ChildError, EdgeKitError, MissingToolError, TargetError, one_line
 from edgekit.facts import Facts, probe_engine, profile_of, read_facts
+from edgekit.measure.android import with_runner
 from edgekit.measure.probe_models import ProbeModel, probe_models
 from edgekit.measure.roofline import FULL, ProbeFailure, Run, measure_roofline, run_local, run_on
 from edgekit.measure.target import facts_of, label_of
 from edgekit.observer import Observer
 from edgekit_runtime import __version__
+from edgekit_runtime.probe import ONNX_MODEL
 
 __all__ = ["probe_device", "slug"]
 
@@ -40,8 +43,8 @@ def probe_device(
     measured: bool = True,
     observer: Observer | None = None,
 ) -> DeviceProfile:
-    """The profile of `local` or `ssh://user@host:port`, each engine of it tried; or of what
-    `facts_script` printed on a device, in a file.
+    """The profile of `local`, `ssh://user@host:port` or `adb:SERIAL`, each engine of it tried; or
+    of what `facts_script` printed on a device, in a file.
 
     `python` is the interpreter there that has the engines. A device without one, or on which
     nothing can be written, is read but not measured; the observer is told.
@@ -59,6 +62,8 @@ def probe_device(
     with connect(target) as transport:
         observer.phase(f"reading {target}")
         facts = facts_of(transport, interpreter)
+        if target.startswith("adb:") and facts.python is None:
+            return _with_runner(transport, facts, profile_id, observer)
         if facts.python is None:
             return _unmeasured(facts, target, profile_id, observer)
         tables = _tables(facts, target, profile_id, observer)
@@ -98,6 +103,29 @@ def _unmeasured(
     return DeviceProfile.model_validate(tables)
 
 
+def _with_runner(
+    transport: Transport, facts: Facts, profile_id: str | None, observer: Observer
+) -> DeviceProfile:
+    """The native runner is brought, and its engine runs one operator; its roofline is not
+    measured: the runner times whole models only."""
+    tables = _tables(facts, transport.target, profile_id, observer)
+    observer.phase("running one operator through the native runner")
+    try:
+        with PhoneWorkbench(transport, observer=observer) as bench, TemporaryDirectory() as here:
+            model, folder = Path(here, "probe.onnx"), transport.scratch()
+            model.write_bytes(ONNX_MODEL)
+            transport.push(model, f"{folder}/probe.onnx")
+            line = [*bench.program, "bench", f"{folder}/probe.onnx", "--runs", "1"]
+            done = transport.run(line, timeout_s=_SLOW_S)
+            transport.run(["rm", "-rf", folder], timeout_s=_SLOW_S)
+        if done.code:
+            raise TargetError(done.last_words)
+        tables = with_runner(tables)
+    except (TargetError, MissingToolError) as error:
+        observer.note(f"{transport.target}: no engine: {one_line(error)}")
+    return DeviceProfile.model_validate(tables)
+
+
 class _Bench:
     """EdgeKit's runtime on the target: beside this process, or copied to a scratch folder."""
 
@@ -109,7 +137,7 @@ class _Bench:
         self._there: set[str] = set()
 
     def __enter__(self) -> _Bench:
-        self.work = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self.work = Path(self._stack.enter_context(TemporaryDirectory()))
         if self.here:
             self.command = [self.python, "-P", "-m", "edgekit_runtime"]
             return self

@@ -96,21 +96,26 @@ double array_get(const struct array *array, size_t i) {
     }
 }
 
+// A number that an integer of these limits can hold: the nearest, 0 for none.
+static double within(double value, double low, double high) {
+    return isnan(value) ? 0 : fmin(fmax(value, low), high);
+}
+
 void array_set(struct array *array, size_t i, double value) {
     void *data = array->data;
     switch (array->dtype) {
     case FLOAT16: ((uint16_t *)data)[i] = to_half(value); break;
     case FLOAT32: ((float *)data)[i] = (float)value; break;
     case FLOAT64: ((double *)data)[i] = value; break;
-    case INT8: ((int8_t *)data)[i] = (int8_t)value; break;
-    case UINT8: ((uint8_t *)data)[i] = (uint8_t)value; break;
+    case INT8: ((int8_t *)data)[i] = (int8_t)within(value, INT8_MIN, INT8_MAX); break;
+    case UINT8: ((uint8_t *)data)[i] = (uint8_t)within(value, 0, UINT8_MAX); break;
     case BOOL: ((uint8_t *)data)[i] = value != 0; break;
-    case INT16: ((int16_t *)data)[i] = (int16_t)value; break;
-    case UINT16: ((uint16_t *)data)[i] = (uint16_t)value; break;
-    case INT32: ((int32_t *)data)[i] = (int32_t)value; break;
-    case UINT32: ((uint32_t *)data)[i] = (uint32_t)value; break;
-    case INT64: ((int64_t *)data)[i] = (int64_t)value; break;
-    case UINT64: ((uint64_t *)data)[i] = (uint64_t)value; break;
+    case INT16: ((int16_t *)data)[i] = (int16_t)within(value, INT16_MIN, INT16_MAX); break;
+    case UINT16: ((uint16_t *)data)[i] = (uint16_t)within(value, 0, UINT16_MAX); break;
+    case INT32: ((int32_t *)data)[i] = (int32_t)within(value, INT32_MIN, INT32_MAX); break;
+    case UINT32: ((uint32_t *)data)[i] = (uint32_t)within(value, 0, UINT32_MAX); break;
+    case INT64: ((int64_t *)data)[i] = (int64_t)within(value, -0x1p63, 0x1p63 - 1024); break;
+    case UINT64: ((uint64_t *)data)[i] = (uint64_t)within(value, 0, 0x1p64 - 2048); break;
     default: break;
     }
 }
@@ -350,6 +355,8 @@ void npz_write(const char *path, const struct arrays *arrays) {
         text_add(&directory, name, strlen(name));
     }
     uint32_t start = (uint32_t)out.length;
+    if (out.length > UINT32_MAX || arrays->count > MAX_ARRAYS)
+        fail(UNUSABLE, "%s would have %zu MB; an .npz has at most 4 GB", path, out.length >> 20);
     text_add(&out, directory.bytes ? directory.bytes : "", directory.length);
     text_add(&out, "PK\5\6\0\0\0\0", 8);
     add16(&out, (uint32_t)arrays->count);

@@ -19,7 +19,7 @@ static const char USAGE[] =
     "     all of them: [--variant ID] [--threads N] [--engine E]\n"
     "  install BUNDLE --as NAME [--root FOLDER]    try it, keep it, activate it\n"
     "  activate NAME VERSION | rollback NAME | status NAME    [--root FOLDER]\n"
-    "MODEL is a bundle (.edgekit) or an .onnx; verbs print what edgekit-runtime prints.\n";
+    "MODEL is a bundle (.edgekit), an .onnx or a .tflite; verbs print what edgekit-runtime prints.\n";
 
 enum { VARIANT = 256, THREADS, ENGINE, JSON, INPUT, OUTPUT, TENSORS, RUNS, COLD, AS, ROOT, ACTIVE,
        MAX_LATENCY, TIMEOUT, PRECISION, INTENT };
@@ -127,6 +127,8 @@ int main(int count, char **words) {
         return trap.fault.code;
     }
     int code = run_verb(count, words, started_ns);
+    if (fflush(stdout) || ferror(stdout))
+        fail(TARGET, "what it says cannot be written: %s", system_error());
     trap_close(&trap);
     return code;
 }

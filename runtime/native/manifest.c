@@ -369,7 +369,8 @@ struct manifest *manifest_parse(const char *bytes, size_t size) {
         "signature?", NULL};
     struct json *raw = json_parse(bytes, size);
     const struct json *schema = json_get(raw, "schema");
-    if (!schema || schema->kind != J_TEXT || strcmp(schema->text, SCHEMA))
+    if (!schema || schema->kind != J_TEXT || schema->length != sizeof SCHEMA - 1 ||
+        strcmp(schema->text, SCHEMA))
         fail(UNUSABLE, "the manifest's schema is %s, this runtime reads '%s'; make the bundle again "
              "or update edgekit-runtime", schema && schema->text ? schema->text : "missing", SCHEMA);
     fields(raw, "manifest", known);

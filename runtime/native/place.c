@@ -335,6 +335,11 @@ void place_keep(const struct place *place, const char *part, const char *file) {
     folder_sync(place->incoming);
 }
 
+bool place_holds(const struct place *place, const char *file, const char *sha256,
+                 void (*between)(void)) {
+    return !strcmp(hash_of(take_format("%s/%s", place->versions, file), 0, -1, between), sha256);
+}
+
 static int by_sequence(const void *a, const void *b) {
     const char *one = *(const char *const *)a, *other = *(const char *const *)b;
     int order = compare_sequences(one, other);

@@ -42,6 +42,9 @@ struct state place_state(const struct place *place);
 void place_switch(const struct place *place, const char *file, const char *previous);
 void place_activate(const struct place *place, const char *file);
 void place_keep(const struct place *place, const char *part, const char *file);
+// Whether a version is there, whole; `between` as with `hash_of`.
+bool place_holds(const struct place *place, const char *file, const char *sha256,
+                 void (*between)(void));
 struct names place_installed(const struct place *place); // oldest sequence first
 void place_clear(const struct place *place, const char *keep); // NULL: no part
 void place_done(const struct place *place);

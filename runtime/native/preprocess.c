@@ -283,9 +283,10 @@ static void head_tail(struct sample *sample, const struct json *step) {
     struct array y = array_make(x->name, wanted_dtype(step, "int32", sample->where), 1, &length);
     for (size_t i = 0; i < y.count; i++)
         array_set(&y, i, fill);
-    for (size_t i = 0; i < head && first + i < first_end; i++)
+    size_t heads = (size_t)(first_end - first), tails = (size_t)(last_end - last);
+    for (size_t i = 0; i < head && i < heads; i++)
         array_set(&y, i, first[i]);
-    for (size_t i = 1; i <= tail && last_end - i >= last && last_end > last; i++)
+    for (size_t i = 1; i <= tail && i <= tails; i++)
         array_set(&y, y.count - i, last_end[-(ptrdiff_t)i]);
     *x = y;
     sample->layout = "";

@@ -40,6 +40,19 @@ void text_format(struct text *text, const char *format, ...) {
     va_end(again);
 }
 
+// Bytes of the character that begins here, 0 if it is none in UTF-8.
+static size_t character(const unsigned char *p) {
+    size_t more = *p < 0x80 ? 0 : *p >= 0xc2 && *p < 0xe0 ? 1 : (*p & 0xf0) == 0xe0 ? 2
+                  : *p >= 0xf0 && *p < 0xf5 ? 3 : 4;
+    if (more == 4 || (p[0] == 0xe0 && p[1] < 0xa0) || (p[0] == 0xed && p[1] > 0x9f) ||
+        (p[0] == 0xf0 && p[1] < 0x90) || (p[0] == 0xf4 && p[1] > 0x8f))
+        return 0;
+    for (size_t i = 1; i <= more; i++)
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+    return more + 1;
+}
+
 void text_json_string(struct text *text, const char *value) {
     if (!value) {
         text_add(text, "null", 4);
@@ -48,12 +61,17 @@ void text_json_string(struct text *text, const char *value) {
     text_add(text, "\"", 1);
     for (const char *p = value; *p; p++) {
         unsigned char c = (unsigned char)*p;
+        size_t length = character((const unsigned char *)p);
         if (c == '"' || c == '\\')
             text_format(text, "\\%c", c);
         else if (c < 0x20 || c == 0x7f)
             text_format(text, "\\u%04x", c);
-        else
-            text_add(text, p, 1);
+        else if (!length)
+            text_add(text, "?", 1); // of a text that was cut, or in another encoding
+        else {
+            text_add(text, p, length);
+            p += length - 1;
+        }
     }
     text_add(text, "\"", 1);
 }

@@ -15,31 +15,23 @@ from bundles import bundle, deflated_bundle, make_manifest, make_variant, npz, r
 from cnn import cnn_scores, small_cnn
 from deployable import Maker
 from hostile import archives
-from native_runner import Runner, bundle_of, python_runtime, shape_of
+from native_runner import Runner, bundle_of, native_program, python_runtime, shape_of
 
 from edgekit.deploy import connect
-from edgekit.deploy.capsule import native_runner
 from edgekit.deploy.install import deploy
 from edgekit.deploy.phone import Phone
-from edgekit.errors import MissingToolError, TargetError
+from edgekit.errors import TargetError
 from edgekit_runtime import open_installed
 from edgekit_runtime.bundle import MANIFEST
 from edgekit_runtime.manifest import InputSteps, Manifest
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx")
-EXECUTIONS = 50_000
-
-
-def built(machine: str) -> Path:
-    try:
-        return native_runner(machine)
-    except MissingToolError as error:
-        pytest.skip(str(error))
+EXECUTIONS, LONGEST = 50_000, 8192
 
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return Runner(built("x86_64"))
+    return Runner(native_program())
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +133,9 @@ def test_wrong_usage_ends_with_2(runner, small, tmp_path) -> None:
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), words
 
 
-@pytest.mark.parametrize("build", ["x86_64", "sanitized"])
+@pytest.mark.parametrize("build", ["", "sanitized"])
 def test_no_hostile_archive_is_accepted(build, small, tmp_path) -> None:
-    program = Runner(built(build))
+    program = Runner(native_program(build))
     bad = archives(small.read_bytes())
     for number, (what, data) in enumerate(bad):
         path = tmp_path / f"{number}.edgekit"
@@ -174,15 +166,15 @@ def model_in(small: Path) -> bytes:
     [(0, zlib.Z_DEFAULT_STRATEGY), (6, zlib.Z_FIXED), (1, zlib.Z_DEFAULT_STRATEGY),
      (9, zlib.Z_DEFAULT_STRATEGY), (9, zlib.Z_HUFFMAN_ONLY), (9, zlib.Z_RLE)],
 )  # fmt: skip
-@pytest.mark.parametrize("build", ["x86_64", "sanitized"])
+@pytest.mark.parametrize("build", ["", "sanitized"])
 def test_deflated_models_are_inflated(build, small, tmp_path, level, strategy) -> None:
     stream = raw_deflate(model_in(small), level, strategy)
     path = deflated(small, tmp_path / "sparse.edgekit", stream)
-    assert Runner(built(build)).json("check", path)["ok"]
+    assert Runner(native_program(build)).json("check", path)["ok"]
 
 
 def test_streams_that_are_not_what_is_declared_are_refused(small, tmp_path) -> None:
-    program, model = Runner(built("sanitized")), model_in(small)
+    program, model = Runner(native_program("sanitized")), model_in(small)
     whole, rng = raw_deflate(model), np.random.default_rng(0)
     streams = [
         raw_deflate(model + b"more"), raw_deflate(model[:-1]), whole + b"hidden", whole[:-4],
@@ -281,7 +273,7 @@ class Here(Phone):
     """The native runner as the installer of this machine."""
 
     def _bring_program(self) -> list[str]:
-        return [str(Runner(built("x86_64")).started(self._root))]
+        return [str(Runner(native_program()).started(self._root))]
 
 
 @contextmanager
@@ -351,11 +343,11 @@ def test_a_kill_at_any_request_leaves_a_version_and_the_next_deploy_works(make, 
 
 
 def test_the_runner_is_small() -> None:
-    assert built("x86_64").stat().st_size <= 200_000
+    assert native_program().stat().st_size <= 200_000
 
 
 def test_fuzzing_finds_nothing(small, tmp_path) -> None:
-    program = built("fuzz")
+    program = native_program("fuzz")
     seeds = tmp_path / "seeds"
     seeds.mkdir()
     contents = {"a/model.onnx": b"m" * 40, "a/in.npz": npz(x=np.ones((2, 1, 4), np.float32)),
@@ -363,10 +355,15 @@ def test_fuzzing_finds_nothing(small, tmp_path) -> None:
     made = make_manifest(contents, labels=("a",), postprocess=({"op": "top-k", "k": 1},))
     (seeds / "bundle").write_bytes(b"\0" + bundle(made, contents))
     (seeds / "manifest").write_bytes(b"\1" + made.to_json().encode())
+    for number, (_, data) in enumerate(archives(bundle(made, contents))):
+        if len(data) < LONGEST:
+            (seeds / f"hostile-{number}").write_bytes(b"\0" + data)
+    packed = deflated_bundle(contents, "a/model.onnx", stream=raw_deflate(contents["a/model.onnx"]))
+    (seeds / "deflated").write_bytes(b"\0" + packed)
     (seeds / "npz").write_bytes(b"\2" + contents["a/in.npz"])
     (seeds / "json").write_bytes(b'\3{"a": [1, -2.5e3, "\\u00e9\\ud83d\\ude00", null, true]}')
     done = subprocess.run(
-        [program, f"-runs={EXECUTIONS}", "-seed=1", "-max_len=8192", seeds],
+        [program, f"-runs={EXECUTIONS}", "-seed=1", f"-max_len={LONGEST}", seeds],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

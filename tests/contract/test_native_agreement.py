@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import bundles
-import hostile
 import numpy as np
 import pytest
-from native_build import built, environment
+from native_runner import bundle_of, engine_libraries, native_program
 
 from edgekit_runtime import BundleError, Session, load
 from edgekit_runtime.bundle import Bundle
@@ -25,7 +24,7 @@ Said = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def native() -> Callable[..., Said]:
-    program, where = built(), environment()
+    program, where = native_program(), engine_libraries()
 
     def run(*words: object) -> Said:
         return subprocess.run(
@@ -66,6 +65,9 @@ def test_models_give_the_same_outputs(native, small_model, tmp_path, engine, nam
         sample = sample_of(session)
         wanted = session.run(sample)
     np.savez(tmp_path / "in.npz", **sample)
+    if engine == "litert":  # its C interface says sizes, not which of them are free: bundles do
+        changes = {"engine": engine, "format": "tflite"}
+        model = bundle_of(model, [sample], tmp_path / "m.edgekit", variant=changes)
     done = native(
         "run", model, "--input", tmp_path / "in.npz", "--tensors", "--output", tmp_path / "o.npz"
     )
@@ -75,6 +77,14 @@ def test_models_give_the_same_outputs(native, small_model, tmp_path, engine, nam
         for key, value in wanted.items():
             assert found[key].dtype == value.dtype and found[key].shape == value.shape
             np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_schema_that_c_would_take_for_ours_is_refused(native, tmp_path) -> None:
+    raw = json.loads(bundles.make_manifest(CONTENTS).to_json())
+    raw["schema"] += TAIL + "x"
+    path, text = tmp_path / "x.edgekit", json.dumps(raw).encode()
+    path.write_bytes(bundles.archive([("manifest.json", text), *CONTENTS.items()]))
+    assert verdicts(native, path) == (False, False)
 
 
 @pytest.mark.needs("onnxruntime", "onnx")
@@ -113,21 +123,10 @@ def verdicts(native: Callable[..., Said], path: Path) -> tuple[bool, bool]:
     return accepted, done.returncode == 0
 
 
-def test_no_hostile_archive_is_accepted(native, tmp_path) -> None:
-    good = bundles.bundle(bundles.make_manifest(CONTENTS), CONTENTS)
-    path = tmp_path / "x.edgekit"
-    path.write_bytes(good)
-    assert verdicts(native, path) == (True, True)
-    for what, data in hostile.archives(good):
-        path.write_bytes(data)
-        done = native("check", path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (what, done.stderr)
-
-
 def test_any_change_of_a_byte_is_found(native, tmp_path) -> None:
     good = bundles.bundle(bundles.make_manifest(CONTENTS), CONTENTS)
     path, chance = tmp_path / "x.edgekit", random.Random(7)
-    for _ in range(250):
+    for _ in range(120):
         data = bytearray(good)
         for _ in range(chance.choice((1, 1, 3))):
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -142,6 +141,7 @@ def test_any_change_of_a_byte_is_found(native, tmp_path) -> None:
 
 #: whole numbers beyond 64 bits are left out: Python takes some that the native runner refuses
 WRONG = (None, True, -1, 0, 1.5, 1e300, "", "x", "a\nb", [], [0], {}, {"x": 1}, 2**62)
+TAIL = "\0"  # where C would take a text to end
 
 
 def changes(raw: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -159,9 +159,11 @@ def changed(raw: Any, path: tuple[Any, ...], chance: random.Random) -> Any:
     place = made
     for key in path[:-1]:
         place = place[key]
-    kind = chance.randrange(6)
+    kind = chance.randrange(7)
     if kind == 0:
         del place[path[-1]]
+    elif kind == 2 and isinstance(place[path[-1]], str):
+        place[path[-1]] += TAIL + "x"
     elif kind == 1 and isinstance(place, dict):
         place["strange"] = 1
     else:
@@ -179,11 +181,11 @@ def test_manifests_are_taken_or_refused_alike(native, tmp_path) -> None:
     raw, chance = json.loads(whole.to_json()), random.Random(3)
     places, path = list(changes(raw)), tmp_path / "x.edgekit"
     accepted = refused = 0
-    for _ in range(500):
+    for _ in range(300):
         made = changed(raw, chance.choice(places), chance)
         text = json.dumps(made).encode()
         path.write_bytes(bundles.archive([("manifest.json", text), *CONTENTS.items()]))
         python_says, native_says = verdicts(native, path)
         assert python_says == native_says, text.decode()
         accepted, refused = accepted + python_says, refused + (not python_says)
-    assert accepted > 20 and refused > 200
+    assert accepted > 10 and refused > 100
