@@ -17,7 +17,9 @@ def fashion_mnist() -> tuple[np.ndarray, np.ndarray]:
     """float32 (10000, 1, 28, 28), 0..1, and their labels."""
     with store() as kept, tempfile.TemporaryDirectory() as work:
         if not any(kept.glob(f"{_PACKAGE}_*.deb")):
-            subprocess.run(["apt-get", "download", "-q", _PACKAGE], cwd=kept, check=True)
+            fetch = f"apt-get download -q {_PACKAGE}"
+            line = f"{fetch} || {{ apt-get update -q && {fetch}; }}"
+            subprocess.run(["sh", "-c", line], cwd=kept, check=True)
         (package,) = kept.glob(f"{_PACKAGE}_*.deb")
         subprocess.run(["dpkg-deb", "-x", str(package), work], check=True)
         folder = Path(work, "usr/share/datasets/fashion-mnist")

@@ -24,6 +24,7 @@ __all__ = ["ROOT", "Phone", "PhoneWorkbench", "bring_capsule", "device_on"]
 #: where a shell on Android may write and run programs
 ROOT = "/data/local/tmp/edgekit"
 _START_S, _TRY_S, _SLOW_S = 60.0, 300, 300.0
+_OLD = 'find "$0" -maxdepth 1 -name ".new-*" -mmin +60 -exec rm -rf {} + 2>/dev/null; true'
 
 
 def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Observer) -> str:
@@ -37,6 +38,8 @@ def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Obser
         return folder
     observer.phase(f"bringing the runner ({one.size_bytes / 1e6:.0f} MB, once)")
     new = f"{root}/.device/.new-{one.name}-{os.getpid()}"
+    # of hosts that were killed meanwhile
+    transport.run(["sh", "-c", _OLD, f"{root}/.device"], timeout_s=_START_S)
     try:
         _must(transport, ["mkdir", "-p", f"{new}/lib"])
         for name, path in one.files.items():

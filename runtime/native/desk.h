@@ -24,7 +24,6 @@ answers do_there, do_lay, do_read, do_call, do_start, do_ask, do_stop; // errand
 // receive.c: what may not be installed fails.
 void check_tries(const char *sha256);
 void check_sequence(const char *file, bool allow_older);
-void store_index(const char *file, const char *sha256);
 
 // errands.c: processes by a name; an earlier one of that name is ended first.
 struct child *errand_start(const char *id, const struct json *command,

@@ -339,7 +339,7 @@ static void sync_part(void) {
         fail(TARGET, "%s: %s", part, system_error());
 }
 
-void store_index(const char *file, const char *sha256) {
+static void store_index(const char *file, const char *sha256) {
     struct text text = {0};
     text_add(&text, "{", 1);
     text_json_member(&text, "sha256", sha256);

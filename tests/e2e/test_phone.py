@@ -19,7 +19,7 @@ from fashion_cnn import fashion_cnn
 from native_runner import bundle_of, python_runtime, shape_of
 
 from edgekit.cache import default_root
-from edgekit.deploy import Transport, connect, lab
+from edgekit.deploy import Transport, adb, connect, lab
 from edgekit.deploy.capsule import capsule
 from edgekit.deploy.install import deploy
 from edgekit.deploy.lab import Running
@@ -272,7 +272,7 @@ def test_a_reboot(phone, make) -> None:
 
 def test_a_frozen_daemon(phone, make) -> None:
     said = faulty(
-        phone, make, 40, "commit", lambda: daemon(phone, signal.SIGSTOP),
+        phone, make, 40, "take", lambda: daemon(phone, signal.SIGSTOP),
         lambda: daemon(phone, signal.SIGCONT),
     )  # fmt: skip
     assert "frozen" in said
@@ -285,11 +285,20 @@ def test_a_frozen_daemon(phone, make) -> None:
             daemon(phone, signal.SIGCONT)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent device is given up in a third of the time."""
+    monkeypatch.setattr(adb, "_SILENCE_S", 3.0)
+    monkeypatch.setattr(adb, "_SIGN_S", 3.0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_unplugged_in_mid_push(phone, make) -> None:
     said = faulty(phone, make, 50, "take", lambda: cable(phone, "down"), lambda: cable(phone, "up"))
     assert "unplugged" in said
 
 
+@pytest.mark.usefixtures("impatient")
 def test_unplugged_while_the_runner_is_brought(phone, tmp_path) -> None:
     large = tmp_path / "engine.so"
     large.write_bytes(os.urandom(24 << 20))
