@@ -109,6 +109,12 @@ class AdbTransport(Transport):
             if states.get(wanted) is None:
                 raise TargetError(f"{self.target}: {one_line(Exception(said))}")
         state = states.get(wanted)
+        if networked and state == "offline":
+            self._client.disconnect(wanted)  # or it would be listed from now on
+            raise TargetError(
+                f"{self.target}: nothing answers there: is the device on, with debugging over the "
+                "network, and the port right?"
+            )
         if state is None:
             known = ", ".join(states) or "none; is it plugged in, with USB debugging on?"
             raise TargetError(f"{self.target}: adb sees no such device; it sees: {known}")

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -108,7 +109,7 @@ def _with_runner(
 ) -> DeviceProfile:
     """The native runner is brought, and its engine runs one operator; its roofline is not
     measured: the runner times whole models only."""
-    tables = _tables(facts, transport.target, profile_id, observer)
+    tables = _tables(replace(facts, faults=()), transport.target, profile_id, observer)
     observer.phase("running one operator through the native runner")
     try:
         with PhoneWorkbench(transport, observer=observer) as bench, TemporaryDirectory() as here:

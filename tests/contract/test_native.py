@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import native_overhead
 import numpy as np
 import pytest
 from bundles import bundle, deflated_bundle, make_manifest, make_variant, npz, raw_deflate
@@ -340,6 +341,16 @@ def test_a_kill_at_any_request_leaves_a_version_and_the_next_deploy_works(make, 
             assert session.manifest is not None
         with desk(root) as made:
             assert deploy(make(sequence), made).file.startswith(f"{sequence}-")
+
+
+@pytest.mark.measures
+def test_it_costs_little_over_the_engines_own_calls(runner, tmp_path) -> None:
+    """At most 2 % or 20 us, of a model that takes microseconds."""
+    program = native_overhead.plain_program(tmp_path)
+    model = small_cnn(tmp_path / "small.onnx")
+    plain, ours = native_overhead.compare(model, program, rounds=8, starts=2)
+    over = np.median(np.subtract(ours, plain)), np.median(np.divide(ours, plain))
+    assert over[0] <= native_overhead.BAR_NS or over[1] <= native_overhead.BAR_RATIO
 
 
 def test_the_runner_is_small() -> None:

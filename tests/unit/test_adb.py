@@ -75,6 +75,9 @@ def test_none_at_all(devices) -> None:
         connect("adb:")
     with pytest.raises(TargetError, match="failed to connect"):
         connect("adb:10.0.0.7:5555")
+    devices("10.0.0.7:5555 offline")
+    with pytest.raises(TargetError, match="nothing answers there"):
+        connect("adb:10.0.0.7:5555")
 
 
 def test_the_only_one_is_taken(devices) -> None:
