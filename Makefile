@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SETTINGS := pyproject.toml runtime/pyproject.toml constraints.txt
 
-.PHONY: demo test test-devices test-virtual-time test-corpus check native clean
+.PHONY: demo test test-devices test-corpus check native clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
@@ -16,16 +16,12 @@ REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklea
 
 # What measures runs alone; the rest shares the processors.
 test: check
-	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not measures and not devices and not virtual_time' tests
+	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not measures and not devices' tests
 	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -m measures tests
 
 # On emulated boards with a real sshd (edgekit lab): root on Debian or Ubuntu.
 test-devices: .venv/dev.stamp
 	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -m devices tests
-
-# Boards in virtual time: minutes each, more on a busy machine.
-test-virtual-time: .venv/dev.stamp
-	EDGEKIT_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -m virtual_time tests
 
 # Every public model of the corpus to every format: an hour or two.
 test-corpus: .venv/dev.stamp

@@ -160,11 +160,19 @@ def with_pruned(
             made = replace(made, id=name if plain else f"{name}+{one.scheme.id}")
             if path_between(source_format, "onnx") is None and source_format != "onnx":
                 made = replace(made, skip="pruning works on ONNX, and there is no way to it")
-            elif not plain and quantizer_for(one.scheme, one.format, source="").takes != one.format:
-                continue  # it quantizes the model as it came
+            elif not plain and not _quantizes(one.scheme, one.format):
+                continue  # its tool takes the model as it came
             if path_between("onnx", one.format) is not None:
                 found.append(made)
     return (*plan, *found)
+
+
+def _quantizes(scheme: Scheme, fmt: str) -> bool:
+    """Whether a model of the format itself can be quantized so."""
+    try:
+        return quantizer_for(scheme, fmt, source="").takes == fmt
+    except UsageError:
+        return False
 
 
 def engine_rulings(fit: Fit) -> dict[str, Ruling]:

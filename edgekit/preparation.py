@@ -42,7 +42,7 @@ from edgekit.plan import (
     without_bf16,
 )
 from edgekit.precision import quantized_already
-from edgekit.profiles import load_profile
+from edgekit.profiles import THIS_MACHINE, load_profile, profiles_of
 from edgekit.reading import Reading
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
 
@@ -58,7 +58,7 @@ class Request:
     wanted, so nothing needs to be written."""
 
     model: Path
-    profile: str
+    profile: str | None
     data: str
     out: Path
     calibration: str | None = None
@@ -135,8 +135,8 @@ class _Preparation:
                 f"--max-slice-drop is {request.max_slice_drop:g}; wanted 0 or more, and with "
                 "--slice-by the array of the data that says which slice a sample is of"
             )
-        profile = load_profile(request.profile)
         site = request.site
+        profile = self._profile()
         if site is not HERE and site.profile.arch != profile.arch:
             raise UsageError(
                 f"{profile.id} is {profile.arch}, {site.name} is {site.profile.arch}; name the "
@@ -182,7 +182,7 @@ class _Preparation:
             self.diary.note(
                 f"the {one.kind} {name} ({one.model or one.engine}) is not used: this version "
                 f"makes bundles for the CPU; edgekit inspect {request.model} --for "
-                f"{request.profile} says what it would run"
+                f"{profile.id} says what it would run"
             )
         if plan[0].reference_only:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
@@ -232,6 +232,22 @@ class _Preparation:
             )
         raise type(faults[0])("; ".join(dict.fromkeys(map(str, faults))))
 
+    def _profile(self) -> DeviceProfile:
+        """The one named; without a name that of the device that is reached: a known one of its
+        model, else what it says of itself."""
+        request = self.request
+        if request.profile is not None:
+            return load_profile(request.profile)
+        if not self._there:
+            raise UsageError(
+                "no device is named: --for NAME (edgekit devices list; this-machine is the one "
+                "here), or --on TARGET, which measures there"
+            )
+        known = set(profiles_of(request.site.profile.name)) - {THIS_MACHINE}
+        found = load_profile(min(known)) if known else request.site.profile
+        self.diary.note(f"for {found.name} ({found.id if known else 'as it was read'})")
+        return found
+
     def _judged(self, source: Artifact, profile: DeviceProfile) -> Fit | None:
         """The model's fit, judged before any work; None if its operators cannot be read here."""
         model = self.request.model
@@ -243,7 +259,7 @@ class _Preparation:
         if fit.hopeless:
             raise LimitError(
                 f"{model} does not fit {profile.id}: {'; '.join(fit.hopeless)}. "
-                f"edgekit inspect {model} --for {self.request.profile} shows all"
+                f"edgekit inspect {model} --for {profile.id} shows all"
             )
         return fit
 
@@ -278,7 +294,7 @@ class _Preparation:
                 raise LimitError(
                     f"{profile.id} runs models with {', '.join(profile.engines) or 'no engine'}; "
                     f"this version makes bundles of this model for {made}. edgekit inspect "
-                    f"{self.request.model} --for {self.request.profile} judges whether it fits"
+                    f"{self.request.model} --for {profile.id} judges whether it fits"
                 )
             rules = "; ".join(dict.fromkeys(map(str, rulings)))
             raise LimitError(f"nothing may run on {profile.id}: {rules}")

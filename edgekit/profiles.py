@@ -26,6 +26,7 @@ __all__ = [
     "profile_faults",
     "profile_ids",
     "profile_toml",
+    "profiles_of",
     "read_profile_text",
 ]
 
@@ -54,6 +55,11 @@ def load_profile(profile_id: str) -> DeviceProfile:
 
         return this_machine()
     return parse_profile(_text_of(profile_id), profile_id)
+
+
+def profiles_of(model: str) -> list[str]:
+    """Profiles of the device that calls itself so ("Raspberry Pi 5 Model B Rev 1.0")."""
+    return [one for one in profile_ids() if model.startswith(load_profile(one).name)]
 
 
 def parse_profile(text: str, called: str) -> DeviceProfile:

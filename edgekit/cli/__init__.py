@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 __all__ = ["app", "main"]
 
@@ -137,7 +137,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, CycloptsError):
         verb = next((word for word in sys.argv[1:2] if not word.startswith("-")), "")
-        return f"{error} (see {' '.join(['edgekit', verb]).strip()} --help)", 2
+        words = str(error)
+        if isinstance(error, MissingArgumentError) and error.argument is not None:
+            name = error.argument.name
+            given = any(word.partition("=")[0] == name for word in sys.argv)
+            words = f"{name} needs a value" if given else f"{verb} needs {name}"
+        return f"{words} (see {' '.join(['edgekit', verb]).strip()} --help)", 2
     if isinstance(error, OSError):
         if error.errno == errno.ENOSPC:
             return f"the disk is full, writing {error.filename or 'a file'}", 2

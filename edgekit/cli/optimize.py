@@ -40,7 +40,7 @@ def optimize(
     model: str,
     /,
     *,
-    for_: Annotated[str, Parameter(name="--for")],
+    for_: Annotated[str | None, Parameter(name="--for")] = None,
     data: str,
     calibration: str | None = None,
     source: SourceOptions | None = None,
@@ -73,7 +73,8 @@ def optimize(
     model
         The trained model, of any format that edgekit convert reads.
     for_
-        A device profile (see `edgekit devices list`), or a .toml file.
+        A device profile (see `edgekit devices list`), or a .toml file; with --on, the device there
+        if none is named.
     data
         Labelled samples: an .npz with arrays named like the model's inputs and 'labels', a folder
         of files with labels.csv, or module.py:function yielding (inputs, label).

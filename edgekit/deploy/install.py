@@ -24,7 +24,7 @@ from edgekit.deploy.runtime_archive import runtime_files
 from edgekit.deploy.transport import Ended, Transport
 from edgekit.errors import BundleError, TargetError, UsageError
 from edgekit.observer import Observer
-from edgekit.profiles import load_profile, profile_ids
+from edgekit.profiles import profiles_of
 from edgekit_runtime.bundle import Bundle
 from edgekit_runtime.errors import WrongDeviceError
 from edgekit_runtime.manifest import Manifest
@@ -384,7 +384,7 @@ def _fits(path: Path, manifest: Manifest, facts: dict[str, Any], *, any_profile:
     model = facts.get("model")
     if any_profile or not model:
         return
-    here = [one for one in profile_ids() if model.startswith(load_profile(one).name)]
+    here = profiles_of(model)
     if here and not set(here) & set(manifest.profiles):
         raise WrongDeviceError(
             f"{path} was made for {', '.join(manifest.profiles)}, the device is a {model} "

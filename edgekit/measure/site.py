@@ -21,6 +21,7 @@ from edgekit.measure.conditions import Moment, Read, conditions, conditions_ther
 from edgekit.measure.worker import Contender, Worker, command, fastest, processors
 from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
+from edgekit_runtime.source import COMPANIONS
 
 __all__ = ["HERE", "Site", "There"]
 
@@ -268,13 +269,13 @@ def _phases(done: Done, contender: Contender) -> dict[str, Any]:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Its files by the name they get there: letters that every system takes, and a model's weights
-    beside it; the model first."""
+    """Its files by the name they get there: letters that every system takes, and what belongs
+    to a model beside it; the model first."""
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:40].lstrip("-") or "model"
-    weights = path.with_suffix(".bin")
     found = {f"{stem}{path.suffix}": path}
-    if path.suffix in (".xml", ".param") and weights.is_file():
-        found[f"{stem}.bin"] = weights
+    for suffix in COMPANIONS.get(path.suffix, ()):
+        if path.with_suffix(suffix).is_file():
+            found[f"{stem}{suffix}"] = path.with_suffix(suffix)
     return found
 
 

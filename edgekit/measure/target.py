@@ -21,6 +21,7 @@ from edgekit.measure.android import RUNNER_ENGINE, android_state, with_runner
 from edgekit.measure.conditions import Moment
 from edgekit.measure.site import HERE, Site, There
 from edgekit.observer import Observer
+from edgekit_runtime.engines import ENGINES
 
 __all__ = [
     "EMULATED", "INSTRUCTIONS", "PhoneSite", "Target", "TargetSite", "facts_of", "label_of",
@@ -199,10 +200,10 @@ def open_site(target: Target, observer: Observer) -> Site:
             "--python"
         )
     name = facts.model or facts.soc or facts.cpu or facts.arch
-    profile = DeviceProfile.model_validate(
-        profile_of(facts, profile_id="target", name=name, kind="board")
-    )
-    return TargetSite(target, facts, profile)
+    tables = profile_of(facts, profile_id="target", name=name, kind="board")
+    if target.provision:
+        tables["engines"] = {engine: {} for engine in ENGINES} | tables["engines"]
+    return TargetSite(target, facts, DeviceProfile.model_validate(tables))
 
 
 def _phone_site(target: Target, facts: Facts) -> PhoneSite:

@@ -36,6 +36,7 @@ from .manifest import Manifest, TensorSpec, Variant
 from .placement import Placement, enforce
 
 __all__ = [
+    "COMPANIONS",
     "FallbackWarning",
     "Opened",
     "Processing",
@@ -47,7 +48,7 @@ __all__ = [
 
 _FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino", ".param": "ncnn"}
 #: files that belong to one with this suffix
-_COMPANIONS = {".xml": (".bin",), ".param": (".bin", ".json")}
+COMPANIONS = {".xml": (".bin",), ".param": (".bin", ".json")}
 INTENTS = ("latency", "throughput")
 
 
@@ -304,7 +305,7 @@ def model_files(path: Path) -> Dict[str, bytes]:
             without weights has such a one.
     """
     files = {}
-    for one in (path, *(path.with_suffix(s) for s in _COMPANIONS.get(path.suffix.lower(), ()))):
+    for one in (path, *(path.with_suffix(s) for s in COMPANIONS.get(path.suffix.lower(), ()))):
         try:
             files[one.name] = one.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path

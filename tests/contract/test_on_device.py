@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cnn import small_cnn
 from deployable import Maker
 from ssh_home import Server
 
+from edgekit.cache import Cache
 from edgekit.cli import main
 from edgekit.deploy import connect
 from edgekit.deploy.memory import Fault, MemoryTransport
@@ -32,8 +34,9 @@ from edgekit.measure.phases import Bench, run_phases
 from edgekit.measure.site import HERE, There
 from edgekit.measure.target import Target, TargetSite, facts_of
 from edgekit.measure.worker import Contender
-from edgekit.observer import Observer
+from edgekit.observer import Diary, Observer
 from edgekit.on_device import differs_there
+from edgekit.preparation import Request, prepare
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx", "asyncssh")
 QUICK = Rounds(least=2, most=2, block_s=0.005)
@@ -102,6 +105,34 @@ def test_it_is_measured_there_and_nothing_is_left(model: Path, tmp_path: Path) -
     with site.session():  # the second time nothing is sent
         site.bring(contenders, None)
         assert isinstance(site.runner, Workbench) and site.runner.sent_bytes == 0
+
+
+@pytest.mark.needs("ncnn", "openvino")
+@pytest.mark.parametrize("engine", ["ncnn", "openvino"])
+def test_files_that_belong_to_a_model_come_with_it(engine, small_model, tmp_path: Path) -> None:
+    site = site_of(tmp_path / "root")
+    one = Contender("a", small_model(engine, "linear"), 1, engine)
+    with site.session():
+        taken = measure([one], "a", inputs=None, rounds=QUICK, site=site)
+    assert taken["a"].failure is None and taken["a"].latency()
+
+
+def test_the_device_that_is_reached_needs_no_profile(tmp_path: Path) -> None:
+    """A known board is known by its model; another one is what it says of itself."""
+    asked = Request(tmp_path / "none.onnx", None, "none.npz", tmp_path)
+    site = site_of(tmp_path / "root")
+    notes = Diary(Observer())
+    with pytest.raises(ModelError):
+        prepare(replace(asked, site=site), notes, Cache(tmp_path / "cache"))
+    assert notes.notes == ["for a target (as it was read)"]
+    known = site.profile.model_copy(update={"name": "Raspberry Pi 5 Model B Rev 1.0"})
+    with pytest.raises(UsageError, match=r"raspberry-pi-5 is aarch64, .* is x86_64"):
+        prepare(
+            replace(asked, site=TargetSite(Target("local"), Facts(), known)),
+            notes, Cache(tmp_path / "cache"),
+        )  # fmt: skip
+    with pytest.raises(UsageError, match="no device is named"):
+        prepare(asked, notes, Cache(tmp_path / "cache"))
 
 
 def test_its_conditions_are_those_of_a_local_run(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_unknown_profile_lists_the_known(edgekit, good, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("optimize", "m.onnx", "--data", "d.npz"), "no device is named: --for NAME"),
+        (("optimize", "m.onnx", "--for", "this-machine"), "optimize needs --data (see"),
+        (("optimize", "m.onnx", "--data"), "--data needs a value (see"),
+        (("deploy", "m.edgekit"), "deploy needs --to (see"),
+        (("quantize",), "quantize needs MODEL (see"),
+    ],
+)
+def test_what_is_missing_is_named(words, said, edgekit) -> None:
+    assert_one_line(edgekit(*words), 2, said)
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         (("--max-drop", "-1"), "--max-drop is -1"),

@@ -21,7 +21,7 @@ from edgekit.errors import UsageError
 from edgekit_runtime.bundle import Bundle
 
 pytestmark = [
-    pytest.mark.virtual_time,
+    pytest.mark.devices,
     pytest.mark.needs("asyncssh", "onnx", "onnx2tf", "tensorflow", "litert", "litert_quantizer"),
 ]
 #: LiteRT alone: each candidate takes seconds of an emulator

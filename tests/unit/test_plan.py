@@ -209,6 +209,14 @@ def test_pruned_candidates_stand_behind_the_others_and_under_names_of_their_own(
         assert one.family == f"{one.engine}-channels-{100 * one.pruning.amount:g}%+"
 
 
+def test_what_only_a_converter_quantizes_is_not_pruned() -> None:
+    plan = make_plan("onnx", load_profile("generic-x86-64"), threads=1, engine_faults={},
+                     came="keras")  # fmt: skip
+    ids = {one.id for one in with_pruned(plan, [Pruning("channels", 0.3)], "onnx")}
+    assert {"litert-int8-static-tensorflow", "litert-channels-30%+int8-static"} <= ids
+    assert not any("channels" in one and "tensorflow" in one for one in ids)
+
+
 def test_what_cannot_become_onnx_is_not_pruned_and_says_why() -> None:
     plan = make_plan("ncnn", load_profile("generic-x86-64"), threads=1, engine_faults={})
     made = with_pruned(plan, [Pruning("channels", 0.3)], "ncnn")
