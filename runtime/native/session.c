@@ -113,8 +113,15 @@ static void open_variant(struct session *session, struct variant *variant,
     unsigned char *model = bundle_read(session->bundle, variant->files.items[0], &size);
     struct engine *engine =
         engine_load(variant->engine, model, size, threads_of(options, variant->threads));
+    struct trap trap;
+    trap_open(&trap);
+    if (setjmp(trap.here)) {
+        engine_close(engine); // or it would hold its memory beside the next variant's
+        fail_again(&trap.fault);
+    }
     attach(session, engine, variant->input_names.items, variant->output_names.items);
     check_placement(variant, engine);
+    trap_close(&trap);
     session->variant = variant;
 }
 

@@ -110,7 +110,9 @@ def test_what_cannot_run_here_ends_with_pythons_code(runner, make, changes, code
         python_runtime("check", path, code=code)
 
 
-def test_another_variant_takes_over_and_that_is_said(runner, make) -> None:
+@pytest.mark.parametrize("build", ["", "sanitized"])  # which sees what is left behind
+def test_another_variant_takes_over_and_that_is_said(build, make) -> None:
+    runner = Runner(native_program(build))
     first = make_variant(id="npu", placement={"NPU": 1.0}, on_misplacement="next")
     contents = {"a/model.onnx": make.model, "a/in.npz": npz(x=make.inputs),
                 "a/out.npz": npz(y=make.outputs)}  # fmt: skip
