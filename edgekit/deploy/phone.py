@@ -41,7 +41,7 @@ def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Obser
     # of hosts that were killed meanwhile
     transport.run(["sh", "-c", _OLD, f"{root}/.device"], timeout_s=_START_S)
     try:
-        _must(transport, ["mkdir", "-p", f"{new}/lib"])
+        _must(transport, ["sh", "-c", 'umask 022; mkdir -p "$0/lib"', new])  # adbd has none
         for name, path in one.files.items():
             transport.push(path, f"{new}/{name}")
         _compare(transport, one, new)

@@ -118,6 +118,8 @@ def test_what_fails_its_trial_there_is_not_activated(phone, make) -> None:
         with pytest.raises(TargetError, match="the engine 'litert' is not here"):
             deploy(make(3, engine="litert"), made)
         assert made.ask("status")["active"] == good.file
+        modes = made.transport.run(["stat", "-c", "%a", made.folder, made._root], timeout_s=60)
+        assert modes.stdout.split() == [b"755", b"755"]  # nobody else writes there
 
 
 def test_the_outputs_of_a_digit_cnn_are_the_hosts_and_documents_pythons(
