@@ -30,6 +30,7 @@ _STDIN, _STDOUT, _STDERR, _EXIT, _CLOSE_STDIN = range(5)
 _PACKET = struct.Struct("<BI")
 _PIECE = 32 << 10  # of a packet of the shell; adbd's own are as large
 _BLOCK = 64 << 10  # the most that sync takes at once
+_GREETING_S = 5.0  # for a device on a network to answer its first packet
 _T = TypeVar("_T")
 
 #: what adb says of a device that cannot be used, and what to do
@@ -105,7 +106,7 @@ class AdbTransport(Transport):
         if networked:  # after a reboot adb says "already connected", and every command fails
             self._client.disconnect(wanted)
             said = self._client.connect(wanted, timeout=_DEVICE_S)
-            states = self._states()
+            states = self._greeted(wanted)
             if states.get(wanted) is None:
                 raise TargetError(f"{self.target}: {one_line(Exception(said))}")
         state = states.get(wanted)
@@ -122,6 +123,16 @@ class AdbTransport(Transport):
             why = _STATES.get(state, f"adb calls its state {state!r}")
             raise TargetError(f"{self.target}: {why}")
         return wanted
+
+    def _greeted(self, serial: str) -> dict[str, str]:
+        """The states once a device that was just connected is known: until it has answered, it is
+        listed as offline."""
+        late = time.monotonic() + _GREETING_S
+        while (states := self._states()).get(serial) in ("offline", "connecting"):
+            if time.monotonic() > late:
+                break
+            time.sleep(0.1)
+        return states
 
     def _only(self, states: dict[str, str]) -> str:
         if not states:

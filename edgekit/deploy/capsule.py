@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,14 @@ from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 
 __all__ = [
-    "Capsule", "capsule", "engine_version", "native_headers", "native_runner", "native_sources",
-    "runner_command",
+    "Capsule", "capsule", "engine_version", "litert_addon", "litert_version", "native_headers",
+    "native_runner", "native_sources", "runner_command",
 ]  # fmt: skip
 
 #: of this SDK's tests; any from 1.21 on has the API that the runner asks for
 _ENGINE_VERSION = "1.31.1"
+#: whose C interface the runner declares
+_LITERT_VERSION = "2.3.0"
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 _LOADER = "ld-linux-aarch64.so.1"
 #: what the runner and the engine are linked to; not one more
@@ -94,6 +97,29 @@ def capsule(observer: Observer | None = None) -> Capsule:
     return Capsule(f"capsule-{digest.hexdigest()[:16]}", made, "onnxruntime", version)
 
 
+def litert_addon(observer: Observer | None = None) -> Capsule:
+    """LiteRT's library for 64-bit Arm, for a capsule to find beside it; fetched first if it is not
+    in the cache.
+
+    Raises:
+        MissingToolError: the download failed.
+    """
+    observer = observer or Observer()
+    key = content_key(kind="capsule-addon", recipe=1, litert=_LITERT_VERSION)
+
+    def make(folder: Path) -> None:
+        observer.phase(f"fetching LiteRT {_LITERT_VERSION} for Arm (once)")
+        work = folder / "wheels"
+        library = _from_wheel(f"ai-edge-litert=={_LITERT_VERSION}", "/libLiteRt.so", work)
+        shutil.rmtree(work)
+        (folder / "addon").mkdir()
+        (folder / "addon" / "libLiteRt.so").write_bytes(library)
+
+    made = Cache().folder(key, make) / "addon"
+    digest = file_sha256(made / "libLiteRt.so")
+    return Capsule(f"litert-{digest[:16]}", made, "litert", _LITERT_VERSION)
+
+
 def native_runner(machine: str, observer: Observer | None = None) -> Path:
     """The runner alone, for `x86_64` or `aarch64`, or as `make` calls its other builds: `sanitized`
     and `fuzz`; built first if it is not in the cache.
@@ -142,10 +168,17 @@ def native_sources() -> Path:
     raise MissingToolError("the sources of the native runner are not here; install EdgeKit again")
 
 
-def runner_command(folder: str) -> list[str]:
-    """What starts the runner of a capsule in a folder on a device, with its own C library."""
-    loader = [f"{folder}/lib/{_LOADER}", "--inhibit-cache", "--library-path", f"{folder}/lib"]
+def runner_command(folder: str, addons: Sequence[str] = ()) -> list[str]:
+    """What starts the runner of a capsule in a folder on a device, with its own C library and the
+    libraries in the folders of `addons`."""
+    places = ":".join([f"{folder}/lib", *addons])
+    loader = [f"{folder}/lib/{_LOADER}", "--inhibit-cache", "--library-path", places]
     return [*loader, f"{folder}/edgekit-run"]
+
+
+def litert_version() -> str:
+    """That of the LiteRT that `litert_addon` holds."""
+    return _LITERT_VERSION
 
 
 def engine_version() -> str:
@@ -166,7 +199,10 @@ def _parts(version: str, sources: Path, observer: Observer) -> Path:
         _run(
             ["bash", str(script), "arm64", str(folder / "debian"), *_PACKAGES], "Debian's packages"
         )
-        (folder / "libonnxruntime.so.1").write_bytes(_engine(version, folder / "wheels"))
+        library = _from_wheel(
+            f"onnxruntime=={version}", "/capi/libonnxruntime.so", folder / "wheels"
+        )
+        (folder / "libonnxruntime.so.1").write_bytes(library)
         for left in ("wheels", "debian/usr/share", "debian/usr/lib/aarch64-linux-gnu/gconv"):
             shutil.rmtree(folder / left, ignore_errors=True)
 
@@ -189,17 +225,17 @@ def _library(root: Path, name: str) -> Path:
     raise MissingToolError(f"Debian's packages for Arm hold no {name}")
 
 
-def _engine(version: str, work: Path) -> bytes:
-    """The C library out of the wheel."""
+def _from_wheel(requirement: str, part: str, work: Path) -> bytes:
+    """The library whose name has this part, out of the wheel for 64-bit Arm."""
     line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
             "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", "3.11",  # noqa: E501
             "--dest", str(work)]  # fmt: skip
     for one in _PLATFORMS:
         line += ["--platform", one]
-    _run([*line, f"onnxruntime=={version}"], f"onnxruntime {version} for aarch64")
+    _run([*line, requirement], f"{requirement} for aarch64")
     (wheel,) = work.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
-        (inside,) = (n for n in opened.namelist() if "/capi/libonnxruntime.so" in n)
+        (inside,) = (n for n in opened.namelist() if part in n)
         return opened.read(inside)
 
 

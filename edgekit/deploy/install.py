@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,8 +198,9 @@ class Device:
             raise kind(f"{self.transport.target}: {found.get('why')}")
         return found
 
-    def bring(self) -> None:
-        """Have the runtime there.
+    def bring(self, engines: Sequence[str] = ()) -> None:
+        """Have the runtime there; what else that takes for the `engines` of a bundle's variants, in
+        its order, is for devices that are brought engines, too.
 
         Raises:
             TargetError: as `ask`.
@@ -271,7 +272,7 @@ def deploy(
         observer.phase("sending what the device lacks")
         sent = send(one, device, fresh=state["fresh"], observer=observer)
     observer.phase("trying it on the device")
-    device.bring()
+    device.bring([one.engine for one in manifest.variants])
     done = device.ask(
         "commit", file=file, sha256=sha256, trial=device.trial(max_latency_ns),
         limit_s=_TRY_S, timeout_s=_TRY_S + _START_S + slow_s,

@@ -7,11 +7,13 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import PurePosixPath
 from typing import Self
 
 from edgekit.cache import file_sha256
 from edgekit.deploy.adb import AdbTransport
-from edgekit.deploy.capsule import Capsule, capsule, runner_command
+from edgekit.deploy.capsule import Capsule, capsule, litert_addon, runner_command
 from edgekit.deploy.install import Device
 from edgekit.deploy.runner import Done
 from edgekit.deploy.transport import Transport
@@ -19,8 +21,10 @@ from edgekit.deploy.workbench import Workbench
 from edgekit.errors import TargetError, UsageError
 from edgekit.observer import Observer
 
-__all__ = ["ROOT", "Phone", "PhoneWorkbench", "bring_capsule", "device_on"]
+__all__ = ["ROOT", "RUNNER_ENGINES", "Phone", "PhoneWorkbench", "bring_capsule", "device_on"]
 
+#: of the native runner: in the capsule, and beside it where it is wanted
+RUNNER_ENGINES = ("onnxruntime", "litert")
 #: where a shell on Android may write and run programs
 ROOT = "/data/local/tmp/edgekit"
 _START_S, _TRY_S, _SLOW_S = 60.0, 300, 300.0
@@ -36,17 +40,19 @@ def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Obser
     folder = f"{root}/.device/{one.name}"
     if transport.run(["test", "-d", folder], timeout_s=_START_S).code == 0:
         return folder
-    observer.phase(f"bringing the runner ({one.size_bytes / 1e6:.0f} MB, once)")
+    what = "the runner" if one.engine == RUNNER_ENGINES[0] else one.engine
+    observer.phase(f"bringing {what} ({one.size_bytes / 1e6:.0f} MB, once)")
+    parents = sorted({str(PurePosixPath(name).parent) for name in one.files})
     new = f"{root}/.device/.new-{one.name}-{os.getpid()}"
     # of hosts that were killed meanwhile
     transport.run(["sh", "-c", _OLD, f"{root}/.device"], timeout_s=_START_S)
     try:
-        _must(transport, ["sh", "-c", 'umask 022; mkdir -p "$0/lib"', new])  # adbd has none
+        make = 'umask 022; mkdir -p "$@"'  # adbd has none
+        _must(transport, ["sh", "-c", make, "sh", *(f"{new}/{one}" for one in parents)])
         for name, path in one.files.items():
             transport.push(path, f"{new}/{name}")
         _compare(transport, one, new)
-        _must(transport, ["sh", "-c", 'chmod 755 "$0"/edgekit-run "$0"/lib/*; sync; mv "$0" "$1"',
-                          new, folder])  # fmt: skip
+        _must(transport, ["sh", "-c", 'chmod -R 755 "$0"; sync; mv "$0" "$1"', new, folder])
     except BaseException:
         _remove(transport, new)
         raise
@@ -55,7 +61,7 @@ def bring_capsule(transport: Transport, root: str, one: Capsule, observer: Obser
 
 def _compare(transport: Transport, one: Capsule, folder: str) -> None:
     """What arrived is what was sent."""
-    done = _must(transport, ["sh", "-c", 'cd "$0" && sha256sum edgekit-run lib/*', folder])
+    done = _must(transport, ["sh", "-c", 'cd "$0" && sha256sum "$@"', folder, *one.files])
     found = {line.split()[1]: line.split()[0] for line in done.splitlines() if " " in line}
     for name, path in one.files.items():
         if found.get(name) != file_sha256(path):
@@ -102,8 +108,14 @@ class Phone(Device):
         self.folder = f"{self.facts['root']}/.device"
         return self
 
-    def bring(self) -> None:
-        """The runner is there already: it answers."""
+    def bring(self, engines: Sequence[str] = ()) -> None:
+        """The runner is there already: it answers. Another engine is brought if a variant before
+        the first that the capsule runs is for it."""
+        first = list(takewhile(lambda engine: engine != RUNNER_ENGINES[0], engines))
+        if RUNNER_ENGINES[1] in first:
+            addon = litert_addon(self._watcher)
+            folder = bring_capsule(self.transport, self._root, addon, self._watcher)
+            self.program = runner_command(self._capsule, [folder])
 
     def trial(self, max_latency_ns: int | None) -> list[str]:
         line = [*self.program, "trial", "{bundle}", "--timeout", str(_TRY_S)]
@@ -118,7 +130,8 @@ class Phone(Device):
             )
         one = capsule(self._watcher)
         self.runtime = one.name
-        return runner_command(bring_capsule(self.transport, self._root, one, self._watcher))
+        self._capsule = bring_capsule(self.transport, self._root, one, self._watcher)
+        return runner_command(self._capsule)
 
 
 @contextmanager
@@ -145,10 +158,20 @@ class PhoneWorkbench(Phone, Workbench):
     """The native runner beside what is installed on a device without Python."""
 
     def __init__(
-        self, transport: Transport, *, root: str | None = None, observer: Observer | None = None
-    ) -> None:
+        self, transport: Transport, *, root: str | None = None, engines: Sequence[str] = (),
+        observer: Observer | None = None,
+    ) -> None:  # fmt: skip
         Workbench.__init__(self, transport, root=root or ROOT, python="", observer=observer)
-        self._watcher = observer or Observer()
+        self._watcher, self._engines = observer or Observer(), engines
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self.bring([one for one in self._engines if one != RUNNER_ENGINES[0]])
+        except BaseException:
+            self._talk.close()
+            raise
+        return self
 
     def command(self, verb: Sequence[str]) -> list[str]:
         return [*self.program, *verb]

@@ -1,17 +1,16 @@
-"""What Android says of a phone while it is measured, and the engine that the native runner has."""
+"""What Android says of a phone while it is measured, and the engines that the native runner has."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgekit.deploy.capsule import engine_version
+from edgekit.deploy.capsule import engine_version, litert_version
+from edgekit.deploy.phone import RUNNER_ENGINES
 
-__all__ = ["RUNNER_ENGINE", "android_state", "with_runner"]
+__all__ = ["android_state", "with_runner"]
 
-#: the one engine of the native runner
-RUNNER_ENGINE = "onnxruntime"
 _SCREEN = {"Awake": "on", "Asleep": "off", "Dozing": "off"}
 
 
@@ -34,15 +33,17 @@ def android_state(say: Callable[[str], str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def with_runner(tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables of a profile with the engine of the native runner in place of others."""
+def with_runner(tables: dict[str, Any], names: Sequence[str] = RUNNER_ENGINES) -> dict[str, Any]:
+    """The tables of a profile with these engines of the native runner in place of others."""
+    versions = {"onnxruntime": engine_version(), "litert": litert_version()}
+    engines = {name: {"version": versions[name]} for name in names}
     brought = {
         "fields": ["engines"], "kind": "probe",
         "title": "the native runner's, which is brought over adb; processor only",
     }  # fmt: skip
     listed = [one for one in tables["sources"] if one["fields"] != ["engines"]]
     return {
-        **tables, "engines": {RUNNER_ENGINE: {"version": engine_version()}},
+        **tables, "engines": engines,
         "sources": [*listed, brought],
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgekit.deploy import Transport, connect
-from edgekit.deploy.phone import PhoneWorkbench
+from edgekit.deploy.phone import RUNNER_ENGINES, PhoneWorkbench
 from edgekit.deploy.runtime_archive import runtime_archive
 from edgekit.device import DeviceProfile
 from edgekit.errors import ChildError, EdgeKitError, MissingToolError, TargetError, one_line
@@ -25,7 +25,7 @@ from edgekit.measure.roofline import FULL, ProbeFailure, Run, measure_roofline, 
 from edgekit.measure.target import facts_of, label_of
 from edgekit.observer import Observer
 from edgekit_runtime import __version__
-from edgekit_runtime.probe import ONNX_MODEL
+from edgekit_runtime.probe import ONNX_MODEL, tflite_model
 
 __all__ = ["probe_device", "slug"]
 
@@ -107,24 +107,37 @@ def _unmeasured(
 def _with_runner(
     transport: Transport, facts: Facts, profile_id: str | None, observer: Observer
 ) -> DeviceProfile:
-    """The native runner is brought, and its engine runs one operator; its roofline is not
+    """The native runner is brought, and each of its engines runs one operator; a roofline is not
     measured: the runner times whole models only."""
     tables = _tables(replace(facts, faults=()), transport.target, profile_id, observer)
     observer.phase("running one operator through the native runner")
-    try:
-        with PhoneWorkbench(transport, observer=observer) as bench, TemporaryDirectory() as here:
-            model, folder = Path(here, "probe.onnx"), transport.scratch()
-            model.write_bytes(ONNX_MODEL)
-            transport.push(model, f"{folder}/probe.onnx")
-            line = [*bench.program, "bench", f"{folder}/probe.onnx", "--runs", "1"]
-            done = transport.run(line, timeout_s=_SLOW_S)
-            transport.run(["rm", "-rf", folder], timeout_s=_SLOW_S)
-        if done.code:
-            raise TargetError(done.last_words)
-        tables = with_runner(tables)
-    except (TargetError, MissingToolError) as error:
-        observer.note(f"{transport.target}: no engine: {one_line(error)}")
-    return DeviceProfile.model_validate(tables)
+    files = {"onnxruntime": ("probe.onnx", ONNX_MODEL), "litert": ("probe.tflite", tflite_model())}
+    work: list[str] = []
+    for engine in RUNNER_ENGINES:
+        try:
+            with PhoneWorkbench(transport, engines=[engine], observer=observer) as bench:
+                _run_one(transport, bench.program, *files[engine])
+            work.append(engine)
+        except (TargetError, MissingToolError) as error:
+            observer.note(f"{transport.target}: {engine}: {one_line(error)}")
+    return DeviceProfile.model_validate(with_runner(tables, work) if work else tables)
+
+
+def _run_one(transport: Transport, program: Sequence[str], name: str, model: bytes) -> None:
+    """Have the native runner run a model once.
+
+    Raises:
+        TargetError: it does not.
+    """
+    folder = transport.scratch()
+    with TemporaryDirectory() as here:
+        Path(here, name).write_bytes(model)
+        transport.push(Path(here, name), f"{folder}/{name}")
+    line = [*program, "bench", f"{folder}/{name}", "--runs", "1"]
+    done = transport.run(line, timeout_s=_SLOW_S)
+    transport.run(["rm", "-rf", folder], timeout_s=_SLOW_S)
+    if done.code:
+        raise TargetError(done.last_words)
 
 
 class _Bench:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from edgekit.deploy import connect, lab
-from edgekit.deploy.phone import PhoneWorkbench
+from edgekit.deploy.phone import RUNNER_ENGINES, PhoneWorkbench
 from edgekit.deploy.provision import bring_packages, missing_packages
 from edgekit.deploy.runner import Runner
 from edgekit.deploy.transport import Transport
@@ -17,7 +17,7 @@ from edgekit.deploy.workbench import Workbench
 from edgekit.device import DeviceProfile
 from edgekit.errors import TargetError, UsageError
 from edgekit.facts import Facts, facts_script, profile_of, read_facts
-from edgekit.measure.android import RUNNER_ENGINE, android_state, with_runner
+from edgekit.measure.android import android_state, with_runner
 from edgekit.measure.conditions import Moment
 from edgekit.measure.site import HERE, Site, There
 from edgekit.observer import Observer
@@ -126,19 +126,20 @@ class TargetSite(There):
 
 
 class PhoneSite(There):
-    """A device without Python: the native runner and its one engine are brought."""
+    """A device without Python: the native runner and its engines are brought."""
 
     def __init__(self, target: Target, profile: DeviceProfile) -> None:
         super().__init__(self._open, profile, target="adb", label=label_of(target.name))
         self._where, self._observer = target, Observer()
+        self._engines: set[str] = set()
 
     @property
     def packages(self) -> dict[str, str]:
-        """The engine of the runner: distribution -> version."""
+        """The engines of the runner: distribution -> version."""
         return {name: str(facts.version) for name, facts in self.profile.engines.items()}
 
     def fault_of(self, engine: str) -> str | None:
-        return None if engine == RUNNER_ENGINE else f"the native runner has no {engine}"
+        return None if engine in RUNNER_ENGINES else f"the native runner has no {engine}"
 
     def need(self, engines: Sequence[str], observer: Observer) -> None:
         """Have the runner there, with these engines.
@@ -150,9 +151,10 @@ class PhoneSite(There):
         for engine in engines:
             if fault := self.fault_of(engine):
                 raise TargetError(
-                    f"{self._where.name}: {fault}, only {RUNNER_ENGINE}: give it an ONNX model or "
-                    f"variant (--engine {RUNNER_ENGINE})"
+                    f"{self._where.name}: {fault}, only {' and '.join(RUNNER_ENGINES)}: give it a "
+                    f"model or variant for one of them (--engine {RUNNER_ENGINES[0]})"
                 )
+        self._engines |= set(engines)
 
     def conditions(self) -> dict[str, Any]:
         return super().conditions() | android_state(self._say)
@@ -174,7 +176,12 @@ class PhoneSite(There):
     def _open(self) -> Iterator[Runner]:
         with (
             connect(self._where.name) as transport,
-            PhoneWorkbench(transport, root=self._where.root, observer=self._observer) as bench,
+            PhoneWorkbench(
+                transport,
+                root=self._where.root,
+                engines=sorted(self._engines),
+                observer=self._observer,
+            ) as bench,
         ):
             yield bench
 

@@ -20,7 +20,7 @@ from native_runner import bundle_of, python_runtime, shape_of
 
 from edgekit.cache import default_root
 from edgekit.deploy import Transport, adb, connect, lab
-from edgekit.deploy.capsule import capsule
+from edgekit.deploy.capsule import capsule, litert_addon
 from edgekit.deploy.install import deploy
 from edgekit.deploy.lab import Running
 from edgekit.deploy.phone import Phone
@@ -107,7 +107,7 @@ def test_probing_reads_what_it_says_of_itself(phone, edgekit, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     text = out.read_text()
     assert 'name = "Emulated Phone"' in text and 'name = "android"' in text
-    assert "Cortex-A76" in text and "onnxruntime" in text
+    assert "Cortex-A76" in text and "[engines.onnxruntime]" in text and "[engines.litert]" in text
 
 
 def test_what_fails_its_trial_there_is_not_activated(phone, make) -> None:
@@ -115,11 +115,25 @@ def test_what_fails_its_trial_there_is_not_activated(phone, make) -> None:
         good = deploy(make(1), made)
         with pytest.raises(TargetError, match="golden output"):
             deploy(make(2, off=0.5), made)
-        with pytest.raises(TargetError, match="the engine 'litert' is not here"):
+        with pytest.raises(TargetError, match="not a TFLite model"):
             deploy(make(3, engine="litert"), made)
         assert made.ask("status")["active"] == good.file
         modes = made.transport.run(["stat", "-c", "%a", made.folder, made._root], timeout_s=60)
         assert modes.stdout.split() == [b"755", b"755"]  # nobody else writes there
+
+
+@pytest.mark.needs("litert")
+def test_a_tflite_model_runs_there_with_litert(phone, small_model, edgekit, tmp_path) -> None:
+    model = small_model("litert", "linear")
+    sample = {"x": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}
+    changes = {"engine": "litert", "format": "tflite"}
+    path = bundle_of(model, [sample], tmp_path / "lite.edgekit", variant=changes)
+    with device(phone, "lite") as made:
+        done = deploy(path, made)
+        assert done.trial["ok"] and "XNNPACK" in done.trial["placement"]
+    checked = edgekit("check", path, "--on", phone.target, "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["outputs"][0]["max_abs"] <= 1e-5
 
 
 def test_the_outputs_of_a_digit_cnn_are_the_hosts_and_documents_pythons(
@@ -336,6 +350,7 @@ def test_a_capsule_is_small() -> None:
     except MissingToolError as error:
         pytest.skip(str(error))
     assert made.size_bytes <= 35_000_000
+    assert litert_addon().size_bytes <= 8_000_000
     assert made.files["edgekit-run"].stat().st_size <= 200_000
 
 
