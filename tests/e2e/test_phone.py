@@ -33,8 +33,18 @@ WITHIN_S = 60.0  # any fault is reported by then
 
 
 @pytest.fixture(scope="module")
-def phone() -> Iterator[Running]:
-    os.environ.setdefault("ANDROID_ADB_SERVER_PORT", "5137")  # not the user's
+def adb_server() -> Iterator[None]:
+    """An adb server of our own, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANDROID_ADB_SERVER_PORT", "5137")
+        yield
+        from adbutils import AdbClient
+
+        AdbClient().server_kill()
+
+
+@pytest.fixture(scope="module")
+def phone(adb_server) -> Iterator[Running]:
     try:
         capsule()
         up = lab.up(lab.PHONE, disk_mb=DISK_MB)
@@ -45,7 +55,7 @@ def phone() -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def edgekit() -> Cli:
+def edgekit(adb_server) -> Cli:
     return Cli(default_root())  # whose lab the phone is of
 
 
