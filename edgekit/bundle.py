@@ -45,7 +45,8 @@ _WORTH_DEFLATING, _SMALL_BYTES, _LEVEL = 0.7, 1 << 12, 6
 
 @dataclass(frozen=True)
 class VariantSource:
-    """A built candidate on its way into a bundle."""
+    """A built candidate on its way into a bundle. `golden`: a folder with inputs.npz and
+    outputs.npz of what no engine here runs."""
 
     id: str
     engine: str
@@ -56,6 +57,7 @@ class VariantSource:
     placement: Mapping[str, float]
     expected: Mapping[str, Any]
     memory_bytes: int | None = None
+    golden: Path | None = None
 
 
 def latency_limits(
@@ -194,23 +196,24 @@ def _golden(
     work: Path,
 ) -> tuple[Golden, dict[str, bytes]]:
     facts = {spec.name: {"range": spec.range, "example": spec.example} for spec in inputs}
-    folder = work / f"golden-{source.id}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sandbox.call(
-        "edgekit.bundle:make_golden",
-        {
-            "model": str(source.artifact.path),
-            "options": {
-                "engine": source.engine,
-                "threads": source.threads,
-                "precision": source.precision,
+    folder = source.golden or work / f"golden-{source.id}"
+    if source.golden is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        sandbox.call(
+            "edgekit.bundle:make_golden",
+            {
+                "model": str(source.artifact.path),
+                "options": {
+                    "engine": source.engine,
+                    "threads": source.threads,
+                    "precision": source.precision,
+                },
+                "facts": facts,
+                "names": ours,
+                "folder": str(folder),
             },
-            "facts": facts,
-            "names": ours,
-            "folder": str(folder),
-        },
-        what=f"golden outputs of {source.id}",
-    )
+            what=f"golden outputs of {source.id}",
+        )
     arrays = {
         f"golden/{source.id}/{name}": (folder / name).read_bytes()
         for name in ("inputs.npz", "outputs.npz")

@@ -124,7 +124,8 @@ class Accelerator(Facts):
     """Something beside the CPU that can run operators, reached through an engine.
 
     The operators it takes are in `operator_table` (see `edgekit.operators`), or listed here:
-    `operators` in the names of `operator_format`. Neither where no list is published. `dtypes`
+    `operators` in the names of `operator_format`; `compiler_target` is what its compiler calls it
+    (`ethos-u55-128`). Neither where no list is published. `dtypes`
     are those of activations. `sram_bytes` is its own working memory, `memory_bytes` the most a
     model may use there. Rates count two operations per multiply-accumulate, as the maker states
     them (peak, not sustained).
@@ -134,6 +135,7 @@ class Accelerator(Facts):
     model: str | None = None
     engine: str
     provider: str | None = None
+    compiler_target: Name | None = None
     operator_table: Name | None = None
     operator_format: Literal["onnx", "tflite"] | None = None
     operators: list[str] | None = None

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgekit import sandbox
 from edgekit.cache import Cache, write_atomically
-from edgekit.choose import Allowed, Entrant, over_budget, rank, samples_to_tell
+from edgekit.choose import Allowed, Choice, Entrant, over_budget, rank, samples_to_tell
 from edgekit.control import AccuracyControl, SearchEndedError
 from edgekit.device import Roofline
 from edgekit.errors import (
@@ -32,6 +32,7 @@ from edgekit.errors import (
 )
 from edgekit.evaluate import metric_named
 from edgekit.experience import Experience, Outcome, operator_counts
+from edgekit.firmware_plan import runs_firmware
 from edgekit.measure.benchmark import Contender, Measurement, Rounds, measure
 from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
@@ -41,9 +42,10 @@ from edgekit.on_device import bundle_of, differs_there
 from edgekit.outcome import Row, result_document
 from edgekit.plan import Candidate
 from edgekit.preparation import Request, prepare
+from edgekit.profiles import load_profile
 from edgekit.repairs import Repairs, forbidden
 
-__all__ = ["Request", "optimize"]
+__all__ = ["Request", "Run", "optimize"]
 
 #: shares of `--budget` by which building, repairing, then measuring must be over
 _BUILD_SHARE, _REPAIR_SHARE, _MEASURE_SHARE = 0.4, 0.65, 0.85
@@ -64,11 +66,17 @@ def optimize(
         EdgeKitError: the reference model itself cannot be loaded or evaluated.
         InterruptedRunError: stopped before the reference was evaluated.
     """
+    from edgekit.microcontroller import FirmwareRun
+
+    firmware = request.profile is not None and runs_firmware(load_profile(request.profile))
+    kind = FirmwareRun if firmware else Run
     with sandbox.until_interrupt() as cancel:
-        return _Run(request, observer or Observer(), cache or Cache(), cancel).go()
+        return kind(request, observer or Observer(), cache or Cache(), cancel).go()
 
 
-class _Run:
+class Run:
+    """One run of the job; `FirmwareRun` is one for devices on which nothing is measured."""
+
     def __init__(
         self, request: Request, observer: Observer, cache: Cache, cancel: threading.Event
     ) -> None:
@@ -356,15 +364,8 @@ class _Run:
         """The chosen row, and what the untouched samples said; no row if nothing is left
         that the device can run."""
         by_id = {row.candidate.id: row for row in rows}
-        entrants = [
-            Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
-            for row in rows
-            if row.status == "planned" and row.artifact and row.measurement
-            if not row.candidate.reference_only
-        ]
-        base = Entrant(rows[0].candidate.id, self.job.source.size_bytes, _measured(rows[0]))
         eligible = not rows[0].candidate.reference_only
-        choice = rank(entrants, base, self.request.minimize, eligible=eligible)
+        choice = self._ranked(rows, eligible=eligible)
         for key, reason in choice.dropped.items():
             by_id[key].end("dropped", reason)
         chosen: Row | None = rows[0] if eligible else None
@@ -391,11 +392,11 @@ class _Run:
         for row in rows:
             if row is chosen:
                 first = row.candidate.id == choice.order[0]
-                row.end("chosen", choice.why if first else _why_next(row, rows[0]))
+                row.end("chosen", choice.why if first else self._why_next(row, rows[0]))
             elif row.candidate.reference_only and row.status == "planned":
                 row.end("kept", f"only compared with: {row.candidate.ruling or _NEEDS_FIXED}")
             elif row.status == "planned":
-                row.end("kept", _why_kept(row, chosen, rows[0]) if chosen else "")
+                row.end("kept", self._why_kept(row, chosen, rows[0]) if chosen else "")
         if chosen is None:
             profile, budget = self.job.profile.id, f"{self.request.max_drop:g}"
             self.diary.note(
@@ -405,6 +406,34 @@ class _Run:
                 f"{budget}: no bundle was made"
             )
         return chosen, confirmation
+
+    def _ranked(self, rows: list[Row], *, eligible: bool) -> Choice:
+        entrants = [
+            Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
+            for row in rows
+            if row.status == "planned" and row.artifact and row.measurement
+            if not row.candidate.reference_only
+        ]
+        base = Entrant(rows[0].candidate.id, self.job.source.size_bytes, _measured(rows[0]))
+        return rank(entrants, base, self.request.minimize, eligible=eligible)
+
+    def _why_next(self, row: Row, reference: Row) -> str:
+        ratio = row.ratio_to(reference)
+        if row is reference or ratio is None:
+            return "what was better on the selection samples lost too much when it was confirmed"
+        return (
+            f"{ratio[0]:.2f}x the latency of fp32; the best of those that did not lose too much "
+            "when they were confirmed"
+        )
+
+    def _why_kept(self, row: Row, chosen: Row, reference: Row) -> str:
+        ratio, slower = row.ratio_to(chosen), row.ratio_to(reference)
+        if ratio is None or slower is None:
+            return ""
+        low = slower[1]
+        if low is not None and low > 1.0:
+            return f"smaller, but {slower[0]:.2f}x the latency of fp32"
+        return f"good, but {ratio[0]:.2f}x the latency of the chosen one"
 
     def _differs_there(self, row: Row) -> str | None:
         """Why the device does not answer as this machine does, if it does not."""
@@ -529,26 +558,6 @@ class _Run:
     def _deadline(self, share: float) -> float | None:
         budget = self.request.budget_s
         return None if budget is None else self.started + share * budget
-
-
-def _why_next(row: Row, reference: Row) -> str:
-    ratio = row.ratio_to(reference)
-    if row is reference or ratio is None:
-        return "what was better on the selection samples lost too much when it was confirmed"
-    return (
-        f"{ratio[0]:.2f}x the latency of fp32; the best of those that did not lose too much when "
-        "they were confirmed"
-    )
-
-
-def _why_kept(row: Row, chosen: Row, reference: Row) -> str:
-    ratio, slower = row.ratio_to(chosen), row.ratio_to(reference)
-    if ratio is None or slower is None:
-        return ""
-    low = slower[1]
-    if low is not None and low > 1.0:
-        return f"smaller, but {slower[0]:.2f}x the latency of fp32"
-    return f"good, but {ratio[0]:.2f}x the latency of the chosen one"
 
 
 def _measured(row: Row) -> Measurement:

@@ -10,6 +10,7 @@ from edgekit.artifact import Artifact
 from edgekit.choose import Aim
 from edgekit.data import Dataset, Split
 from edgekit.evaluate import metric_named
+from edgekit.firmware.needs import OnDevice
 from edgekit.measure.benchmark import Measurement
 from edgekit.measure.statistics import ratio_interval
 from edgekit.pipeline import Pipeline
@@ -42,6 +43,7 @@ class Row:
     quick: float = float("inf")
     lost: bool = False
     repairs: str = ""
+    firmware: OnDevice | None = None
     blame: list[dict[str, Any]] = field(default_factory=list)
 
     def end(self, status: str, reason: str) -> None:
@@ -93,6 +95,7 @@ def _describe(row: Row, reference: Row) -> dict[str, Any]:
         "kept_float": list(candidate.scheme.keep),
         "blame": row.blame,
         "repairs": row.repairs or None,
+        "firmware": row.firmware.to_json() if row.firmware else None,
     }
 
 
@@ -142,7 +145,7 @@ def _planned(candidate: Candidate) -> dict[str, Any]:
     ruling = candidate.ruling
     return {
         "id": candidate.id,
-        "engine": candidate.engine,
+        "engine": candidate.target or candidate.engine,
         "format": candidate.format,
         "scheme": str(candidate.scheme),
         "pruning": candidate.pruning.id if candidate.pruning else None,

@@ -51,7 +51,8 @@ class Candidate:
 
     `fixed_shapes`: built with every free dimension set to what the data has. `pruning`: what goes
     before anything else is done to it. `reference_only`: what the others are compared with, but
-    nothing that may be chosen for this device.
+    nothing that may be chosen for this device. `target`: the engine there, where `engine` only
+    stands in for it on this machine.
     """
 
     id: str
@@ -64,11 +65,13 @@ class Candidate:
     fixed_shapes: bool = False
     reference_only: bool = False
     pruning: Pruning | None = None
+    target: str = ""
 
     @property
     def family(self) -> str:
         """What the names of its repairs begin with."""
-        return f"{self.engine}-{self.pruning.id}+" if self.pruning else f"{self.engine}-"
+        engine = self.target or self.engine
+        return f"{engine}-{self.pruning.id}+" if self.pruning else f"{engine}-"
 
     @property
     def precision(self) -> str:

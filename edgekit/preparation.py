@@ -22,11 +22,13 @@ from edgekit.errors import (
     EdgeKitError,
     LimitError,
     MissingExtraError,
+    MissingToolError,
     ModelError,
     UsageError,
 )
 from edgekit.evaluate import metric_named
 from edgekit.facts import probe_engine
+from edgekit.firmware_plan import firmware_plan, runs_firmware
 from edgekit.fit import Fit, judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
@@ -68,6 +70,7 @@ class Request:
     max_slice_drop: float | None = None
     minimize: Aim = "latency"
     site: Site = HERE
+    allow_fallback: bool = False
     budget_s: float | None = None
     threads: int | None = None
     seed: int = 0
@@ -168,7 +171,8 @@ class _Preparation:
             plan = with_pruned(plan, self._prunings(profile), source.format)
         here = conditions()
         found = here if site is HERE else self._meet(site, plan)
-        if found["arch"] != profile.arch:
+        firmware = runs_firmware(profile)
+        if found["arch"] != profile.arch and not firmware:
             self.diary.note(
                 f"measured on this machine ({found['arch']}), not on {profile.name} "
                 f"({profile.arch}): the choice holds there only if the ranking carries over"
@@ -178,7 +182,7 @@ class _Preparation:
                 f"{threads} threads on the {found['cores']} processors here: times are not those "
                 f"of a device that has {threads}"
             )
-        for name, one in profile.accelerators.items():
+        for name, one in profile.accelerators.items() if not firmware else ():
             self.diary.note(
                 f"the {one.kind} {name} ({one.model or one.engine}) is not used: this version "
                 f"makes bundles for the CPU; edgekit inspect {request.model} --for "
@@ -273,9 +277,12 @@ class _Preparation:
     ) -> tuple[Candidate, ...]:
         with self.diary.phase("probe the engines"), ThreadPoolExecutor() as pool:
             wanted = [*profile.engines, ENGINE_OF_FORMAT[source.format]]
+            wanted += ["litert"] if runs_firmware(profile) else []
             engines = [name for name in dict.fromkeys(wanted) if name in ENGINES]
             faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
         faults = {name: why or self.request.site.fault_of(name) for name, why in faults.items()}
+        if runs_firmware(profile):
+            return self._firmware_plan(came, source, profile, fit, faults)
         plan = make_plan(
             source.format, profile, threads=threads, engine_faults=faults,
             free_dimensions=has_free_dimensions(source),
@@ -298,6 +305,23 @@ class _Preparation:
                 )
             rules = "; ".join(dict.fromkeys(map(str, rulings)))
             raise LimitError(f"nothing may run on {profile.id}: {rules}")
+        return plan
+
+    def _firmware_plan(
+        self, came: Artifact, source: Artifact, profile: DeviceProfile, fit: Fit | None,
+        faults: dict[str, str | None],
+    ) -> tuple[Candidate, ...]:  # fmt: skip
+        if self._there:
+            raise UsageError(
+                f"{profile.id} runs firmware: nothing is measured on it, leave --on out"
+            )
+        plan = firmware_plan(
+            source.format, profile, engine_faults=faults, came=came.format,
+            source_quantized=quantized_already(fit.graph) if fit else None,
+        )  # fmt: skip
+        if all(one.skip for one in plan[1:]):
+            reasons = "; ".join(dict.fromkeys(str(one.skip) for one in plan[1:]))
+            raise MissingToolError(f"nothing can be tried for {profile.id}: {reasons}")
         return plan
 
     @property

@@ -47,7 +47,7 @@ def forbidden(job: Job, candidate: Candidate, artifact: Artifact) -> str | None:
     for _, words in fit.too_big(fit.needs[0]):
         broken = broken or words
     for place in fit.places:
-        if place.id == candidate.engine and place.kind == "cpu":
+        if place.id == (candidate.target or candidate.engine) and place.kind == "cpu":
             for reason in fit.reasons(place, "no"):
                 broken = broken or f"{place.id}: {reason}"
     return f"made, but not for {profile.id}: {broken}" if broken else None

@@ -9,13 +9,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from edgekit.errors import UsageError
+from edgekit.errors import BundleError, UsageError
+from edgekit.firmware.export import c_sources
+from edgekit.firmware.ports import Port, Ports
 from edgekit_runtime.bundle import Bundle
 from edgekit_runtime.manifest import InputSteps, Manifest, TensorSpec, Variant
 
 __all__ = ["unpack"]
 
+#: what TensorFlow Lite Micro keeps in the arena of a compiled model beside what vela plans: a node
+#: and some tensors take under half of it
+_RECORDS_BYTES = 8 << 10
 _NUMBERS = {"float32": "Float", "int32": "Int", "int64": "Long", "int8": "Byte", "bool": "Boolean"}
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -46,6 +52,8 @@ def unpack(bundle: Path, folder: Path) -> Manifest:
                     (place / Path(path).name).write_bytes(opened.read(path))
                 (place / "golden-inputs.npz").write_bytes(opened.read(variant.golden.inputs))
                 (place / "golden-outputs.npz").write_bytes(opened.read(variant.golden.outputs))
+                for file, text in _firmware(variant, opened).items():
+                    (place / file).write_text(text)
             _write_words(manifest, new)
             if folder.exists():
                 folder.rmdir()
@@ -53,6 +61,42 @@ def unpack(bundle: Path, folder: Path) -> Manifest:
         finally:
             shutil.rmtree(new, ignore_errors=True)
     return manifest
+
+
+def _firmware(variant: Variant, opened: Bundle) -> dict[str, str]:
+    """What a firmware's project includes, by file name, of a variant for a microcontroller."""
+    known = variant.expected.get("firmware")
+    if not known:
+        return {}
+    try:
+        ports = Ports(*(_ports(known[kind]) for kind in ("inputs", "outputs")))
+        arena, source = int(known["arena_bytes"]), str(known["memory_from"])
+        if known["estimate"]:
+            arena += _RECORDS_BYTES
+            source += f", and {_RECORDS_BYTES // 1024} KiB for the interpreter's own records"
+        operators = [str(one) for one in known["operators"]]
+        (path,) = variant.files
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{opened.path}: variant {variant.id!r} does not say what a firmware needs: "
+            f"{type(error).__name__} {error}"
+        ) from None
+    return c_sources(
+        opened.manifest.name, opened.read(path), arena_bytes=arena,
+        arena_source=source, operators=operators, ports=ports,
+        ethos_u=variant.engine == "ethos-u",
+    )  # fmt: skip
+
+
+def _ports(stated: Any) -> dict[str, Port]:
+    return {
+        str(one["name"]): Port(
+            str(one["dtype"]), tuple(int(size) for size in one["shape"]),
+            None if one["scale"] is None else float(one["scale"]),
+            None if one["zero_point"] is None else int(one["zero_point"]),
+        )
+        for one in stated
+    }  # fmt: skip
 
 
 def _folders(manifest: Manifest) -> Iterator[tuple[Variant, str]]:
@@ -73,16 +117,22 @@ def _write_words(manifest: Manifest, folder: Path) -> None:
 
 
 def _how_to(manifest: Manifest) -> str:
+    firmware = all("firmware" in one.expected for one in manifest.variants)
+    into = "" if firmware else " Copy the model into `app/src/main/assets/`."
+    right = (
+        "`golden-inputs.npz` and `golden-outputs.npz` beside a model hold samples and what it gave "
+        "for them (first axis: samples). Run them once in "
+    )
     parts = [
-        f"# {manifest.name} in an app",
-        "From an EdgeKit bundle; `manifest.json` says what was measured and how it was made. Copy "
-        "the model into `app/src/main/assets/`. Variants are in order of preference.",
+        f"# {manifest.name} in {'a firmware' if firmware else 'an app'}",
+        "From an EdgeKit bundle; `manifest.json` says what was measured and how it was made."
+        f"{into} Variants are in order of preference.",
         _processing(manifest),
         *(_variant(one, name, manifest) for one, name in _folders(manifest)),
-        "## Is it right on the phone?\n\n"
-        "`golden-inputs.npz` and `golden-outputs.npz` beside a model hold samples and what it gave "
-        "for them (first axis: samples). Run them once in an instrumented test. Or, without an "
-        "app: `edgekit check BUNDLE --on adb:SERIAL`.",
+        f"## Is it right there?\n\n{right}a test of the firmware."
+        if firmware
+        else f"## Is it right on the phone?\n\n{right}an instrumented test. Or, without an app: "
+        "`edgekit check BUNDLE --on adb:SERIAL`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -111,7 +161,9 @@ def _variant(variant: Variant, folder: str, manifest: Manifest) -> str:
         *_rows("input", manifest.inputs, variant.input_names),
         *_rows("output", manifest.outputs, variant.output_names),
     ]  # fmt: skip
-    code = {"onnxruntime": _onnxruntime, "litert": _litert}.get(variant.engine)
+    code = {
+        "onnxruntime": _onnxruntime, "litert": _litert, "tflm": _tflm, "ethos-u": _tflm,
+    }.get(variant.engine)  # fmt: skip
     shown = code(file, variant, manifest) if code else _other(variant)
     head = f"## `{folder}/{file}` ({variant.scheme}, {variant.threads} thread(s))"
     return "\n\n".join([head, "\n".join(table), shown])
@@ -153,6 +205,13 @@ def _onnxruntime(file: str, variant: Variant, manifest: Manifest) -> str:
         f"    longArrayOf({shape}))\n"
         f'session.run(mapOf("{variant.input_names[0]}" to input)).use {{\n'
         f'    val answer = it.get("{variant.output_names[0]}").get().value\n}}\n```'
+    )
+
+
+def _tflm(file: str, variant: Variant, manifest: Manifest) -> str:
+    return (
+        f"TensorFlow Lite Micro: add the `.c` and `.h` files beside `{file}` to the firmware's "
+        "project; `README.md` there says how."
     )
 
 

@@ -24,13 +24,14 @@ from edgekit.convert import (
 )
 from edgekit.errors import EdgeKitError
 from edgekit.facts import probe_engine, this_machine
+from edgekit.firmware.probe import TOOLS, probe_tool
 from edgekit_runtime.engines import ENGINES, engine_version
 
 __all__ = ["doctor"]
 
 
 def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Check which engines and converters really work here: each runs one operator.
+    """Check which engines, converters and compilers really work here: each takes one operator.
 
     Parameters
     ----------
@@ -41,6 +42,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         observer.phase("running one operator through each engine and converter")
         engines = list(pool.map(_engine, ENGINES))
         converters = list(pool.map(_converter, (CLEAN_UP, *EDGES)))
+        microcontrollers = list(pool.map(_microcontroller_tool, TOOLS))
     document = {
         "schema": "edgekit.doctor/1",
         "edgekit": __version__,
@@ -48,6 +50,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "engines": engines,
         "converters": converters,
         "quantizers": [_quantizer(one) for one in QUANTIZERS],
+        "microcontrollers": microcontrollers,
         "warnings": _warnings(),
     }
     if json:
@@ -90,6 +93,13 @@ def _convert_one_operator(edge: Edge) -> str:
     return ""
 
 
+def _microcontroller_tool(name: str) -> dict[str, Any]:
+    distribution, _ = TOOLS[name]
+    fault = probe_tool(name)
+    version = tool_versions((distribution,))[distribution]
+    return {"name": name, "version": version, "ok": fault is None, "detail": fault or ""}
+
+
 def _quantizer(one: Quantizer) -> dict[str, Any]:
     return {
         "name": f"{one.target} ({one.tool})",
@@ -119,7 +129,7 @@ def _show(document: dict[str, Any]) -> None:
     table = Table(box=None)
     for column in ("", "version", "works", ""):
         table.add_column(column, overflow="fold", no_wrap=not column and not table.columns)
-    for kind in ("engines", "converters", "quantizers"):
+    for kind in ("engines", "converters", "quantizers", "microcontrollers"):
         table.add_row(f"[bold]{kind}[/bold]")
         for row in document[kind]:
             works = "yes" if row["ok"] else "no"

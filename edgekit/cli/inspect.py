@@ -213,6 +213,13 @@ def _show_variants(document: dict[str, Any]) -> None:
         placement = ", ".join(f"{100 * v:.0f} % {k}" for k, v in one["placement"].items())
         stdout.print(
             f"variant {one['id']}: {one['engine']}, {one['scheme']}, {one['threads']} threads, "
-            f"{size(files)}, {placement}, p50 {times(one['expected'].get('latency_ns'))} when made",
+            f"{size(files)}, {placement}{_when_made(one['expected'].get('latency_ns'))}",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _when_made(latency: dict[str, Any] | None) -> str:
+    if not latency:
+        return ""
+    label = latency.get("label", "measured")
+    return f", p50 {times(latency)} when made" + (f", {label}" if label != "measured" else "")

@@ -24,6 +24,7 @@ from edgekit.cli.console import (
     stdout,
     times,
 )
+from edgekit.cli.firmware import show_firmware
 from edgekit.cli.source import SourceOptions
 from edgekit.cli.target import TargetOptions
 from edgekit.errors import UsageError
@@ -55,6 +56,7 @@ def optimize(
     budget: str | None = None,
     threads: int | None = None,
     seed: int = 0,
+    allow_fallback: Annotated[bool, Parameter(negative="")] = False,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("out"),
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -106,6 +108,8 @@ def optimize(
     prune
         Also try the model, in float and int8, without that share of its MACs (0.3 say; may be given
         more than once): channels go as edgekit prune takes them out.
+    allow_fallback
+        Take what an accelerator does only in part, the rest of it on the CPU; the bundle says so.
     seed
         For the split of the data and the order of measuring.
     out
@@ -122,7 +126,8 @@ def optimize(
         Path(model), for_, data, out, calibration=calibration, preprocess=preprocess, metric=metric,
         max_drop=max_drop, slice_by=slice_by, max_slice_drop=max_slice_drop, minimize=minimize,
         budget_s=_seconds(budget),
-        threads=threads, seed=seed, dry_run=dry_run, prune=tuple(prune or ()),
+        threads=threads, seed=seed, dry_run=dry_run, allow_fallback=allow_fallback,
+        prune=tuple(prune or ()),
         reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
     )  # fmt: skip
@@ -175,7 +180,9 @@ def _show(document: dict[str, Any]) -> None:
         pad_edge=False,
     )
     table.add_column("candidate", overflow="fold")  # figures stay whole, whatever the width
-    for name in (document["metric"].rpartition(":")[2], "p50", "x fp32", "size"):
+    firmware = any(row["firmware"] for row in rows)
+    timed = () if firmware else ("p50", "x fp32")
+    for name in (document["metric"].rpartition(":")[2], *timed, "size"):
         table.add_column(name, justify="right", no_wrap=True, min_width=min(7, len(name) + 1))
     table.add_column("", no_wrap=True, min_width=7)
     for row in rows:
@@ -183,19 +190,18 @@ def _show(document: dict[str, Any]) -> None:
         figure = "-" if row["metric"] is None else f"{row['metric']:.4f}"
         colour = {"chosen": "bold green", "kept": "", "dropped": "red"}.get(row["status"], "dim")
         table.add_row(
-            row["id"], figure, times(row["latency_ns"]), ratio, size(row["size_bytes"]),
+            row["id"], figure, *(() if firmware else (times(row["latency_ns"]), ratio)),
+            size(row["size_bytes"]),
             "reference" if row["reference_only"] and row["status"] == "kept" else row["status"],
             style=colour,
         )  # fmt: skip
     stdout.print(table)
+    if firmware:
+        show_firmware(rows)
     _show_reasons(rows)
     _show_repairs(document, failed)
-    where, label = place_of(document), document["label"]
-    threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
-    stdout.print(f"\n{label} on {where}, {threads}, interleaved", markup=False, soft_wrap=True)
-    stdout.print(
-        "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
-    )
+    if not firmware:
+        _show_conditions(document)
     _show_confirmation(document)
     _show_slices(document)
     if document["chosen"] is None:
@@ -205,6 +211,15 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(f"bundle  {told}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:
         stderr.print("[yellow]incomplete:[/yellow] the best found so far; the notes above say why")
+
+
+def _show_conditions(document: dict[str, Any]) -> None:
+    where, label = place_of(document), document["label"]
+    threads = f"{document['threads']} thread{'s' if document['threads'] != 1 else ''}"
+    stdout.print(f"\n{label} on {where}, {threads}, interleaved", markup=False, soft_wrap=True)
+    stdout.print(
+        "x fp32: median of the rounds' ratios; kept: good enough, faster or smaller than fp32"
+    )
 
 
 def _order(row: dict[str, Any], minimize: str) -> float:

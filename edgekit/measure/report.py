@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from edgekit.measure.report_figure import pareto_figure
+from edgekit.measure.report_firmware import firmware_section
 from edgekit.measure.report_page import Markup, element, fact_list, page, section
 from edgekit.measure.report_text import (
     DASH,
@@ -49,7 +50,8 @@ def report_html(document: dict[str, Any]) -> str:
         _banner(document),
         section("What was asked", _asked(document, scale)),
         section("Confirmation on untouched samples", *_confirmation(document, scale)),
-        section("Accuracy against latency", *_plot(document, scale, ranked, figure)),
+        firmware_section(ranked)
+        or section("Accuracy against latency", *_plot(document, scale, ranked, figure)),
         section("All candidates", *_candidates(document, scale, ranked)),
         _losses(document),
         section("Conditions of the measurement", *_conditions(document)),
@@ -96,16 +98,20 @@ def _headline(document: _Document, scale: Scale) -> Markup:
         said = element("p", f"{why}.", class_="why")
         return element("header", eyebrow, element("h1", "Nothing was chosen"), said)
     same = chosen["id"] == reference["id"]
+    tiles = _tiles(chosen, reference, scale, same=same)
+    how, judged = f"Latency {_how(chosen)} {_where(document)}", _judged(document)
+    if chosen.get("firmware"):
+        how, judged = "Nothing was measured on the device", "here,"
     return element(
         "header",
         eyebrow,
         element("h1", chosen["id"]),
         element("p", _symbol("chosen"), f"Chosen: {why}." if why else "Chosen.", class_="why"),
-        element("div", *_tiles(chosen, reference, scale, same=same), class_="tiles"),
+        element("div", *tiles, class_="tiles"),
         element(
             "p",
-            f"Latency {_how(chosen)} {_where(document)}. {scale.name} measured "
-            f"{_judged(document)} on the {chosen['samples']} samples the choice was made with"
+            f"{how}. {scale.name} measured "
+            f"{judged} on the {chosen['samples']} samples the choice was made with"
             f"{_confirmed(document['confirmation'], scale)}.",
             class_="small",
         ),
@@ -122,6 +128,8 @@ def _confirmed(found: _Document | None, scale: Scale) -> str:
 def _tiles(
     chosen: _Document, reference: _Document, scale: Scale, *, same: bool
 ) -> tuple[Markup, ...]:
+    if chosen.get("firmware"):
+        return _firmware_tiles(chosen, scale)
     base = reference["scheme"]
     p50, p50_before = ((c["latency_ns"] or {}).get("p50") for c in (chosen, reference))
     if same:
@@ -150,6 +158,25 @@ def _tiles(
             scale.interval(chosen["metric_drop_interval"]),
         ),
     )
+
+
+def _firmware_tiles(chosen: _Document, scale: Scale) -> tuple[Markup, ...]:
+    found = chosen["firmware"]
+    estimate = found["estimate"]
+    tiles: tuple[Markup, ...] = (
+        _tile(bytes_text(found["arena_bytes"]), "tensor arena", f"by {found['memory_from']}"),
+        _tile(bytes_text(found["flash_bytes"]), "flash", "the model"),
+        _tile(
+            scale.value(chosen["metric"]), scale.name,
+            f"{scale.drop_name} {scale.drop(chosen['metric_drop'])}",
+            scale.interval(chosen["metric_drop_interval"]),
+        ),
+    )  # fmt: skip
+    if estimate:
+        words = f"{100 * found['macs_on_accelerator']:.4g} % of the MACs on {found['accelerator']}"
+        first = _tile(f"{ms_text(estimate['latency_ns'])} ms", "latency, estimated", words)
+        tiles = (first, *tiles)
+    return tiles
 
 
 def _tile(figure: str, label: str, *details: str) -> Markup:
@@ -319,12 +346,14 @@ def _candidates(
         _row(document, scale, columns, number, candidate)
         for number, candidate in enumerate(ranked, start=1)
     )
+    figures = f"{scale.name} and its {scale.drop_name} (positive is worse) on the selection samples"
     legend = (
-        f"Best first. Measured {_where(document)}, candidates in turn; {scale.name} and its "
-        f"{scale.drop_name} (positive is worse) on the selection samples. Times in ms. A ratio is "
-        "the median over rounds, so it differs a little from that of two p50. "
+        f"Best first. Measured {_where(document)}, candidates in turn; {figures}. Times in ms. A "
+        "ratio is the median over rounds, so it differs a little from that of two p50. "
         "CI: confidence interval."
     )
+    if any(candidate.get("firmware") for candidate in ranked):
+        legend = f"Best first. No latency was measured; {figures}. CI: confidence interval."
     if any(candidate.get("roof_share") for candidate in ranked):
         legend += (
             " The roof is the most arithmetic this engine was measured to do on this device in the "
