@@ -173,7 +173,10 @@ class Builder:
                 "edgekit.evaluate:evaluate",
                 {
                     "model": str(artifact.path),
-                    "options": {"engine": candidate.engine, "precision": candidate.precision},
+                    "options": {
+                        "engine": candidate.target or candidate.engine,
+                        "precision": candidate.precision,
+                    },
                     "data": {
                         "folder": str(self.data.folder),
                         "sha256": self.data.sha256,
@@ -201,7 +204,8 @@ class Builder:
         if metric not in METRICS:  # the user's function: what it says, not what it is called
             metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
         return content_key(
-            kind="evaluate", recipe=4, model=artifact.sha256, data=self.data.sha256,
+            kind="evaluate", recipe=5, target=candidate.target, model=artifact.sha256,
+            data=self.data.sha256,
             samples=samples.tolist(), metric=metric, slice_by=self.slice_by,
             engine=tool_versions((engine,)),
             # int8 results depend on the CPU's instructions, and the drop on the reference

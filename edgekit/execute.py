@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from edgekit_runtime.loading import load
 __all__ = ["Sample", "outputs_of", "run_in_engine", "run_samples"]
 
 Sample = Mapping[str, NDArray[Any]]
+#: engines of devices that run firmware -> what computes the same on this machine
+_STAND_INS = dict.fromkeys(("tflm", "ethos-u"), "edgekit.firmware.reference:ReferenceSession")
 
 
 def outputs_of(
@@ -32,11 +35,19 @@ def outputs_of(
     One at a time because that is what runs on the device: dynamic quantization takes its scales
     from the whole batch, so a batch would measure another model.
     """
-    with load(model, **options) as session:
+    with _opened(model, options) as session:
         for done, index in enumerate(indices):
             yield session.run(data.sample(int(index), session.inputs))
             if done % 50 == 49:
                 report_progress(done + 1, len(indices))
+
+
+def _opened(model: Path, options: dict[str, Any]) -> AbstractContextManager[Any]:
+    """What has the `inputs` of the model and runs a sample."""
+    if options.get("engine") not in _STAND_INS:
+        return load(model, **options)
+    module, _, name = _STAND_INS[options["engine"]].partition(":")
+    return nullcontext(getattr(import_module(module), name)(model.read_bytes()))
 
 
 def run_samples(

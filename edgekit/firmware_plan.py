@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import util
 
 from edgekit.compress.quantizers import candidate_schemes, quantizer_for, readable_as
 from edgekit.convert import install_line, missing_extra, path_between
 from edgekit.device import DeviceProfile
+from edgekit.firmware.probe import probe_tool
 from edgekit.plan import Candidate, make_plan
 from edgekit_runtime.engines import ENGINES
 
 __all__ = ["ETHOS_U", "TFLM", "firmware_plan", "runs_firmware"]
 
 TFLM, ETHOS_U = "tflm", "ethos-u"
-#: engine -> the module of the tool that stands in for it here, and the extra it comes with
-_TOOLS = {TFLM: ("tflite_micro", "micro"), ETHOS_U: ("ethosu", "ethos-u")}
+#: engine -> the tools that stand in for it here: memory and answers are always the interpreter's
+_TOOLS = {TFLM: ("tflite-micro",), ETHOS_U: ("vela", "tflite-micro")}
 
 
 def runs_firmware(profile: DeviceProfile) -> bool:
@@ -33,16 +33,20 @@ def firmware_plan(
     """Candidates in the order they are built; the first is the model as it came, which only this
     machine runs. `engine_faults`, `came` and `source_quantized` as for `make_plan`.
 
-    LiteRT stands in for the device: its integer kernels are those of TensorFlow Lite Micro.
+    TensorFlow Lite Micro's interpreter stands in for the device; LiteRT reads what a model takes.
     """
     first, *_ = make_plan(
         source_format, profile, threads=1, engine_faults=engine_faults, came=came,
         source_quantized=source_quantized,
     )  # fmt: skip
+    wanted = {tool for engine in _TOOLS.keys() & profile.engines.keys() for tool in _TOOLS[engine]}
+    tool_faults = {tool: probe_tool(tool) for tool in wanted}
     found = [replace(first, skip=engine_faults.get(first.engine), reference_only=True)]
     for target in (ETHOS_U, TFLM):
         if target not in profile.engines:
             continue
+        faults = [f"{tool}: {tool_faults[tool]}" for tool in _TOOLS[target] if tool_faults[tool]]
+        tools = "; ".join(faults) or None
         for scheme in candidate_schemes("tflite", profile.quantization, came):
             if scheme.kind not in ("fp32", "int8-static") or scheme.operators != "all":
                 continue
@@ -54,19 +58,11 @@ def firmware_plan(
                 f"{target}-{scheme.id}", "litert", "tflite", scheme, 1, fixed_shapes=True,
                 target=target,
             )  # fmt: skip
-            skip = engine_faults.get("litert") or _no_tool(target) or _no_compiler(target, profile)
+            skip = engine_faults.get("litert") or tools or _no_compiler(target, profile)
             if source_quantized and scheme.kind != "fp32":
                 skip = skip or f"the model is quantized already: {source_quantized}"
             found.append(replace(one, skip=skip or _no_way(one, source_format, came)))
     return tuple(found)
-
-
-def _no_tool(target: str) -> str | None:
-    for name in dict.fromkeys((target, TFLM)):  # memory and answers are the interpreter's
-        module, extra = _TOOLS[name]
-        if util.find_spec(module) is None:
-            return f"needs {module}: pip install 'edgekit[{extra}]'"
-    return None
 
 
 def _no_compiler(target: str, profile: DeviceProfile) -> str | None:

@@ -1,8 +1,9 @@
 """The main job for devices that run firmware: TensorFlow Lite Micro, and Arm's Ethos-U beside it.
 
-Nothing is measured there. Candidates are int8 TFLite, evaluated on this machine by LiteRT, whose
-integer kernels compute the same; memory is what TensorFlow Lite Micro's interpreter takes, latency
-what Arm's compiler (vela) estimates, where there is an Ethos-U. Every figure says which.
+Nothing is measured there. Candidates are int8 TFLite, evaluated on this machine by LiteRT's
+kernels without XNNPACK, which rounds otherwise and moves a small network by points. Memory is what
+TensorFlow Lite Micro's interpreter takes, latency what Arm's compiler (vela) estimates, where
+there is an Ethos-U. Every figure says which.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from edgekit.artifact import Artifact, TensorSpec
 from edgekit.bundle import VariantSource, write_bundle
 from edgekit.choose import Choice
 from edgekit.errors import EdgeKitError
-from edgekit.execute import run_samples
 from edgekit.firmware.needs import OnDevice, needs_of
 from edgekit.firmware.ports import Port, integer_ports
+from edgekit.firmware.reference import reference_outputs
 from edgekit.firmware.tflm import interpret
 from edgekit.firmware_plan import ETHOS_U
 from edgekit.optimize import Run
@@ -38,6 +39,8 @@ _GOLDEN = 3
 #: samples on which the interpreter's answers are compared with LiteRT's, and how far they may be
 #: apart, of the outputs' root mean square: kernels round differently, by a step here and there
 _COMPARED, _APART = 16, 0.05
+#: ns a byte: whatever takes a kilobyte stands behind an estimate of a quarter of an hour
+_FAR_BEHIND = 1e9
 
 
 class FirmwareRun(Run):
@@ -119,11 +122,12 @@ class FirmwareRun(Run):
         )
 
     def _price(self, found: OnDevice) -> float:
-        """Estimated time first; what nobody estimates stands behind, by its memory."""
+        """Estimated time in ns; beside that, what nobody estimates stands behind, by its memory.
+        Ratios of prices are looked at, too: nothing may be added to them."""
         memory = float(found.arena_bytes + found.flash_bytes)
-        if self.request.minimize == "size" or found.latency_ns is None:
-            return memory if self.request.minimize == "size" else 1e15 + memory
-        return float(found.latency_ns)
+        if self.request.minimize == "size" or not self._accelerators():
+            return memory
+        return _FAR_BEHIND * memory if found.latency_ns is None else float(found.latency_ns)
 
     def _cost(self, row: Row) -> float:
         return row.quick
@@ -149,7 +153,7 @@ class FirmwareRun(Run):
         return "good, but not the least"
 
     def _differs_there(self, row: Row) -> str | None:
-        """Why TensorFlow Lite Micro does not answer as LiteRT does, which was evaluated."""
+        """Why TensorFlow Lite Micro does not answer as LiteRT's reference kernels do."""
         assert row.firmware is not None and row.artifact is not None  # noqa: S101
         samples = [
             self.job.data.sample(int(number), row.artifact.inputs)
@@ -163,10 +167,10 @@ class FirmwareRun(Run):
         ]
         limits = Limits(timeout_s=600.0, cancel=self.cancel)
         found = interpret(model, steps, limits=limits)
-        wanted = run_samples(row.artifact, samples, limits=limits)
+        wanted = reference_outputs(model, steps, limits=limits)
         for name, port in ports.outputs.items():
             ours = np.stack([_real(one[name], port) for one in found.outputs])
-            theirs = np.stack([one[name] for one in wanted]).astype(np.float64)
+            theirs = np.stack([_real(one[name], port) for one in wanted])
             off = float(np.sqrt(np.mean((ours - theirs) ** 2)))
             size = float(np.sqrt(np.mean(theirs**2)))
             if not off <= _APART * size:

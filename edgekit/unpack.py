@@ -19,9 +19,6 @@ from edgekit_runtime.manifest import InputSteps, Manifest, TensorSpec, Variant
 
 __all__ = ["unpack"]
 
-#: what TensorFlow Lite Micro keeps in the arena of a compiled model beside what vela plans: a node
-#: and some tensors take under half of it
-_RECORDS_BYTES = 8 << 10
 _NUMBERS = {"float32": "Float", "int32": "Int", "int64": "Long", "int8": "Byte", "bool": "Boolean"}
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -71,9 +68,6 @@ def _firmware(variant: Variant, opened: Bundle) -> dict[str, str]:
     try:
         ports = Ports(*(_ports(known[kind]) for kind in ("inputs", "outputs")))
         arena, source = int(known["arena_bytes"]), str(known["memory_from"])
-        if known["estimate"]:
-            arena += _RECORDS_BYTES
-            source += f", and {_RECORDS_BYTES // 1024} KiB for the interpreter's own records"
         operators = [str(one) for one in known["operators"]]
         (path,) = variant.files
     except (KeyError, TypeError, ValueError) as error:

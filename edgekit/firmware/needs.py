@@ -18,6 +18,10 @@ from edgekit.sandbox import Limits
 
 __all__ = ["OnDevice", "needs_of"]
 
+#: what TensorFlow Lite Micro keeps in the arena of a compiled model beside what vela plans: a node
+#: and some tensors take under half of it
+_RECORDS_BYTES = 8 << 10
+
 
 @dataclass(frozen=True)
 class OnDevice:
@@ -109,8 +113,11 @@ def needs_of(
             "TensorFlow Lite Micro's interpreter, 64-bit", tried.operators,
         )  # fmt: skip
     compiled = compile_model(model, compiler_target, made, limits=limits)
+    # what is left to the CPU keeps its records, which are no more than those of the whole model
+    records = _RECORDS_BYTES + (tried.tail_bytes if compiled.on_cpu else 0)
     return OnDevice(
-        made, ports, compiled.sram_bytes, made.stat().st_size, f"vela {compiled.version}",
+        made, ports, compiled.sram_bytes + records, made.stat().st_size,
+        f"vela {compiled.version}, and {records / 1024:.0f} KiB for the interpreter's records",
         tuple(dict.fromkeys(one.type for one in compiled.operators if not one.on_npu)),
         compiled, accelerator,
     )  # fmt: skip

@@ -49,6 +49,7 @@ def integer_ports(content: bytes) -> tuple[bytes, Ports]:
     """
     try:
         model = read_tflite(content)
+        _check_inputs(model)  # the float ports, which may be all that says that a dimension is free
         _Borders(model).take_away()
         made = write_tflite(model)
         return made, ports_of(made)
@@ -70,8 +71,7 @@ def ports_of(content: bytes) -> Ports:
             {name: _port(graph.tensors[at]) for name, at in zip(inputs, graph.inputs, strict=True)},
             {n: _port(graph.tensors[at]) for n, at in zip(outputs, graph.outputs, strict=True)},
         )
-        for name, at in zip(inputs, graph.inputs, strict=True):
-            _check_fixed(name, graph.tensors[at])
+        _check_inputs(model)
     except _DAMAGED as error:
         raise ModelError(f"damaged TFLite model: {one_line(error)}") from None
     return found
@@ -108,6 +108,13 @@ def _main(model: Any) -> Any:
 
 def _text(name: Any) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name or "")
+
+
+def _check_inputs(model: Any) -> None:
+    names, _ = port_names(model)
+    graph = _main(model)
+    for name, place in zip(names, graph.inputs, strict=True):
+        _check_fixed(name, graph.tensors[place])
 
 
 def _check_fixed(name: str, tensor: Any) -> None:

@@ -24,8 +24,9 @@ from edgekit import sandbox
 from edgekit.errors import InputError, ModelError, one_line, require
 from edgekit.firmware.ports import port_names
 from edgekit.tflite_file import read_tflite
+from edgekit_runtime.manifest import TensorSpec
 
-__all__ = ["Interpreted", "interpret", "interpret_here"]
+__all__ = ["Interpreted", "Interpreter", "interpret", "interpret_here"]
 
 _EXTRA = "micro"
 #: beyond the tensors: records of tensors and nodes, scratch buffers
@@ -97,55 +98,88 @@ def interpret_here(
     model: str, inputs: str, outputs: str, count: int, arena_bytes: int | None
 ) -> dict[str, Any]:
     """What `interpret` has done in a child process."""
-    require("tflite_micro", extra=_EXTRA)
-    micro = require("tflite_micro.python.tflite_micro.runtime", extra=_EXTRA)
-    content = Path(model).read_bytes()
-    parsed = _Parsed(content)
+    session = Interpreter(Path(model).read_bytes(), arena_bytes=arena_bytes)
     with np.load(inputs) as file:
         arrays = {key: file[key] for key in file.files}
     made = {}
-    with _said() as words:
-        try:
-            room = arena_bytes or parsed.arena_bytes()
-            interpreter = micro.Interpreter.from_bytes(content, arena_size=room)
-        except RuntimeError as error:
-            raise ModelError(parsed.refusal(words(), error)) from None
-    samples = [_sample(interpreter, parsed, number, arrays) for number in range(count)]
-    for number, sample in enumerate(samples):
-        for place, array in enumerate(sample):
-            interpreter.set_input(array, place)
+    for number in range(count):
+        given = {k.partition("/")[2]: a for k, a in arrays.items() if k.startswith(f"{number}/")}
+        for name, array in session.run(given, called=f"sample {number}").items():
+            made[f"{number}/{name}"] = array
+    np.savez(outputs, allow_pickle=False, **made)
+    total, head, tail = session.allocations()
+    return {"arena": total, "head": head, "tail": tail, "operators": session.operators}
+
+
+class Interpreter:
+    """The interpreter in this process, which it may take down: call it in a child.
+
+    Raises:
+        ModelError: it refuses the model, or a sample of it.
+    """
+
+    def __init__(self, content: bytes, *, arena_bytes: int | None = None) -> None:
+        require("tflite_micro", extra=_EXTRA)
+        micro = require("tflite_micro.python.tflite_micro.runtime", extra=_EXTRA)
+        self._parsed = parsed = _Parsed(content)
+        self.operators = parsed.operators()
+        room = arena_bytes or parsed.arena_bytes()
         with _said() as words:
             try:
-                interpreter.invoke()
+                self._interpreter = micro.Interpreter.from_bytes(content, arena_size=room)
             except RuntimeError as error:
                 raise ModelError(parsed.refusal(words(), error)) from None
-        for place, name in enumerate(parsed.outputs):
-            made[f"{number}/{name}"] = np.array(interpreter.get_output(place))
-    np.savez(outputs, allow_pickle=False, **made)
-    with _said() as words:
-        interpreter.print_allocations()
-        total, head, tail = (_allocation(words(), kind) for kind in ("total", "head", "tail"))
-    return {"arena": total, "head": head, "tail": tail, "operators": parsed.operators()}
+        self.inputs = tuple(
+            TensorSpec(name, *self._form(place)) for place, name in enumerate(parsed.inputs)
+        )
 
+    def _form(self, place: int) -> tuple[str, tuple[int, ...]]:
+        detail = self._interpreter.get_input_details(place)
+        return np.dtype(detail["dtype"]).name, tuple(int(size) for size in detail["shape"])
 
-def _sample(
-    interpreter: Any, parsed: _Parsed, number: int, arrays: Mapping[str, NDArray[Any]]
-) -> list[NDArray[Any]]:
-    """One sample's inputs in the interpreter's order, checked: it reads past what is too short."""
-    found = []
-    for place, name in enumerate(parsed.inputs):
-        array = arrays.get(f"{number}/{name}")
-        if array is None:
-            raise InputError(f"sample {number} has no {name!r}; wanted {', '.join(parsed.inputs)}")
-        wanted = interpreter.get_input_details(place)
-        dtype, shape = np.dtype(wanted["dtype"]), tuple(int(size) for size in wanted["shape"])
-        if array.dtype != dtype or array.shape != shape:
-            raise InputError(
-                f"{name!r} of sample {number} is {array.dtype.name} {array.shape}; "
-                f"wanted {dtype.name} {shape}"
-            )
-        found.append(np.ascontiguousarray(array))
-    return found
+    def run(
+        self, sample: Mapping[str, NDArray[Any]], *, called: str = "the sample"
+    ) -> dict[str, NDArray[Any]]:
+        """The outputs by name.
+
+        Raises:
+            InputError: an input is missing, or of another type or shape.
+            ModelError: an operator fails.
+        """
+        for place, array in enumerate(self._checked(sample, called)):
+            self._interpreter.set_input(array, place)
+        with _said() as words:
+            try:
+                self._interpreter.invoke()
+            except RuntimeError as error:
+                raise ModelError(self._parsed.refusal(words(), error)) from None
+        names = enumerate(self._parsed.outputs)
+        return {name: np.array(self._interpreter.get_output(place)) for place, name in names}
+
+    def _checked(
+        self, sample: Mapping[str, NDArray[Any]], called: str
+    ) -> list[NDArray[Any]]:  # fmt: skip
+        """In the interpreter's order; it reads past the end of what is too short."""
+        found = []
+        for spec in self.inputs:
+            array = sample.get(spec.name)
+            if array is None:
+                wanted = ", ".join(self._parsed.inputs)
+                raise InputError(f"{called} has no {spec.name!r}; wanted {wanted}")
+            if array.dtype != np.dtype(spec.dtype) or array.shape != spec.shape:
+                raise InputError(
+                    f"{spec.name!r} of {called} is {array.dtype.name} {array.shape}; "
+                    f"wanted {spec.dtype} {spec.shape}"
+                )
+            found.append(np.ascontiguousarray(array))
+        return found
+
+    def allocations(self) -> tuple[int, int, int]:
+        """Bytes of the arena: all, the activations', the rest's."""
+        with _said() as words:
+            self._interpreter.print_allocations()
+            total, head, tail = (_allocation(words(), kind) for kind in ("total", "head", "tail"))
+        return total, head, tail
 
 
 def _allocation(words: str, kind: str) -> int:
