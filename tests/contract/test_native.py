@@ -1,6 +1,7 @@
 """The native runner on this machine: answers, documents, refusals and folders as Python's."""
 
 import json
+import os
 import subprocess
 import zipfile
 import zlib
@@ -378,6 +379,8 @@ def test_fuzzing_finds_nothing(small, tmp_path) -> None:
     done = subprocess.run(
         [program, f"-runs={EXECUTIONS}", "-seed=1", f"-max_len={LONGEST}", seeds],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=500,
+        # what was freed is kept for a while, to find late uses: not gigabytes of it
+        env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=32"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Done {EXECUTIONS} runs" in done.stderr
