@@ -24,8 +24,8 @@ from edgekit.observer import Observer
 from edgekit_runtime.engines import ENGINES
 
 __all__ = [
-    "EMULATED", "INSTRUCTIONS", "PhoneSite", "Target", "TargetSite", "facts_of", "label_of",
-    "open_site",
+    "EMULATED", "INSTRUCTIONS", "PhoneSite", "Target", "TargetSite", "board_profile", "facts_of",
+    "label_of", "open_site",
 ]  # fmt: skip
 
 _SLOW_S = 300.0  # an emulated board takes minutes for what a device does in a second
@@ -206,11 +206,19 @@ def open_site(target: Target, observer: Observer) -> Site:
             f"{target.name}: {python}: {why}; install Python 3.9 or newer, or name one with "
             "--python"
         )
+    return TargetSite(target, facts, board_profile(facts, provision=target.provision))
+
+
+def board_profile(facts: Facts, *, provision: bool = False) -> DeviceProfile:
+    """What a board says of itself. `provision`: engines that it lacks can be brought."""
     name = facts.model or facts.soc or facts.cpu or facts.arch
     tables = profile_of(facts, profile_id="target", name=name, kind="board")
-    if target.provision:
-        tables["engines"] = {engine: {} for engine in ENGINES} | tables["engines"]
-    return TargetSite(target, facts, DeviceProfile.model_validate(tables))
+    lacking = [engine for engine in ENGINES if engine not in tables["engines"]]
+    if provision and lacking:
+        tables["engines"] |= {engine: {} for engine in lacking}
+        source = {"kind": "choice", "title": "EdgeKit", "says": "--provision brings it"}
+        tables["sources"].append({"fields": [f"engines.{name}" for name in lacking], **source})
+    return DeviceProfile.model_validate(tables)
 
 
 def _phone_site(target: Target, facts: Facts) -> PhoneSite:

@@ -32,7 +32,7 @@ from edgekit.measure import target as target_module
 from edgekit.measure.benchmark import Rounds, measure
 from edgekit.measure.phases import Bench, run_phases
 from edgekit.measure.site import HERE, There
-from edgekit.measure.target import Target, TargetSite, facts_of
+from edgekit.measure.target import Target, TargetSite, board_profile, facts_of
 from edgekit.measure.worker import Contender
 from edgekit.observer import Diary, Observer
 from edgekit.on_device import differs_there
@@ -271,6 +271,8 @@ def test_a_bare_interpreter_is_named_and_numpy_can_be_brought(tmp_path: Path) ->
     able = TargetSite(
         Target("local", python, str(tmp_path / "root"), provision=True), site._facts, site.profile
     )
+    assert not board_profile(site._facts).engines
+    assert {"onnxruntime", "litert"} <= board_profile(site._facts, provision=True).engines.keys()
     able.need([], Observer())
     with able.session():
         assert isinstance(able.runner, Workbench)
