@@ -41,7 +41,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct trap trap;
     void *mark = memory_mark();
-    memory_limit = (size_t)16 << 20;
+    memory_limit = (size_t)64 << 20;
     if (!size)
         return 0;
     trap_open(&trap);
