@@ -24,7 +24,8 @@ from edgekit.pipeline import Pipeline, read_pipeline
 from edgekit.reading import Reading
 from edgekit.subject import are_numbers
 from edgekit_runtime.bundle import Bundle, is_bundle
-from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES, check_engine
+from edgekit_runtime.engines.accelerators import split_engine
 from edgekit_runtime.manifest import Manifest
 
 __all__ = ["EvalRequest", "assess_model"]
@@ -148,8 +149,8 @@ class _Assessment:
             raise UsageError(f"--threads is {request.threads}; wanted at least 1")
         if request.seed < 0:
             raise UsageError(f"--seed is {request.seed}; wanted 0 or more")
-        if request.engine is not None and request.engine not in ENGINES:
-            raise UsageError(f"no engine {request.engine!r}; known: {', '.join(ENGINES)}")
+        if request.engine is not None:
+            check_engine(request.engine)
         for name in request.metrics:
             if "-class-" in name and ".py:" not in name:
                 continue  # a class's name is known when the model is read
@@ -292,7 +293,7 @@ class _Assessment:
         engine = request.engine or ENGINE_OF_FORMAT[came.format]
         fixed = bool(came.reading.inputs)
         artifact = came
-        if came.format not in ENGINES[engine].formats or fixed:
+        if came.format not in ENGINES[split_engine(engine)[0]].formats or fixed:
             artifact = self._converted(came, engine, ours, arrays, data)
         options: dict[str, Any] = {"engine": engine}
         if request.threads is not None:
@@ -303,8 +304,8 @@ class _Assessment:
     def _converted(
         self, came: Artifact, engine: str, ours: _Interface, arrays: Sequence[str], data: Dataset
     ) -> Artifact:
-        target = came.format if came.format in ENGINES[engine].formats else None
-        target = target or ENGINES[engine].formats[0]
+        formats = ENGINES[split_engine(engine)[0]].formats
+        target = came.format if came.format in formats else formats[0]
         fits = tuple(arrays) == tuple(one.name for one in ours.inputs) and not ours.quantized
         found = convert_with_proof(
             came, target, cache=self.cache, given=Given.of(data, came.inputs) if fits else None,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import sandbox
+from edgekit.accelerate import DISTRIBUTIONS, compile_context, compiled_for, macs_of
 from edgekit.artifact import SOURCES, Artifact
 from edgekit.cache import Cache, Key, content_key
 from edgekit.compress.fix_shapes import fix_shapes
@@ -26,6 +27,7 @@ from edgekit.data import Dataset, Split
 from edgekit.errors import EdgeKitError
 from edgekit.evaluate import METRICS
 from edgekit.plan import Candidate
+from edgekit_runtime.engines.accelerators import split_engine
 
 __all__ = ["Builder"]
 
@@ -65,6 +67,23 @@ class Builder:
         Raises:
             EdgeKitError: a converter or quantizer refuses it, crashed, or went over its limits.
         """
+        made = self._uncompiled(candidate, limits, progress)
+        if candidate.compiler_target is None or not compiled_for(
+            candidate.engine, candidate.compiler_target
+        ):
+            return made
+        return compile_context(made, candidate.compiler_target, cache=self.cache, limits=limits)
+
+    def macs(
+        self, candidate: Candidate, limits: sandbox.Limits, progress: Progress
+    ) -> dict[str, int]:
+        """Multiply-accumulates by operator, before anything is compiled; empty where they are not
+        known."""
+        return macs_of(self._uncompiled(candidate, limits, progress))
+
+    def _uncompiled(
+        self, candidate: Candidate, limits: sandbox.Limits, progress: Progress
+    ) -> Artifact:
         scheme = candidate.scheme
         if candidate.pruning is not None:
             pruned = self.onnx(candidate, limits, progress)
@@ -73,7 +92,7 @@ class Builder:
             )
         else:
             artifact = self._converted(candidate.format, candidate.fixed_shapes, limits, progress)
-        if scheme.kind in ("fp32", "bf16"):
+        if candidate.as_it_came:
             return artifact
         source, target = artifact, None
         came = readable_as(self.came.format) if self.came and not candidate.pruning else ""
@@ -199,15 +218,18 @@ class Builder:
         return loaded
 
     def _key(self, artifact: Artifact, candidate: Candidate, samples: NDArray[np.int64]) -> Key:
-        engine = {"litert": "ai-edge-litert"}.get(candidate.engine, candidate.engine)
+        engine, accelerator = split_engine(candidate.engine)
+        engines: tuple[str, ...] = ({"litert": "ai-edge-litert"}.get(engine, engine),)
+        engines += DISTRIBUTIONS.get(candidate.engine, ())
         metric: Any = self.metric
         if metric not in METRICS:  # the user's function: what it says, not what it is called
             metric = [metric, Path(metric.rpartition(":")[0]).read_text()]
         return content_key(
-            kind="evaluate", recipe=5, target=candidate.target, model=artifact.sha256,
+            kind="evaluate", recipe=6, target=candidate.target, model=artifact.sha256,
+            accelerator=accelerator,
             data=self.data.sha256,
             samples=samples.tolist(), metric=metric, slice_by=self.slice_by,
-            engine=tool_versions((engine,)),
+            engine=tool_versions(engines),
             # int8 results depend on the CPU's instructions, and the drop on the reference
             isa=self.isa, reference=self.source.sha256, precision=candidate.precision,
         )  # fmt: skip

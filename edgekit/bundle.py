@@ -8,7 +8,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ _WORTH_DEFLATING, _SMALL_BYTES, _LEVEL = 0.7, 1 << 12, 6
 @dataclass(frozen=True)
 class VariantSource:
     """A built candidate on its way into a bundle. `golden`: a folder with inputs.npz and
-    outputs.npz of what no engine here runs."""
+    outputs.npz of what no engine here runs. `macs` by operator, which `placement` has shares of;
+    `on_misplacement` as in the manifest."""
 
     id: str
     engine: str
@@ -58,6 +59,8 @@ class VariantSource:
     expected: Mapping[str, Any]
     memory_bytes: int | None = None
     golden: Path | None = None
+    macs: Mapping[str, int] = field(default_factory=dict)
+    on_misplacement: str = "refuse"
 
 
 def latency_limits(
@@ -124,7 +127,8 @@ def write_bundle(
                 source.id, source.engine, source.artifact.format, files, source.scheme,
                 source.threads, source.precision, names_in, names_out,
                 dict(source.placement), golden, dict(source.expected),
-                memory_bytes=source.memory_bytes,
+                on_misplacement=source.on_misplacement, memory_bytes=source.memory_bytes,
+                macs=dict(source.macs),
             )
         )  # fmt: skip
     models = {path for one in variants for path in one.files}

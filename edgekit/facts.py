@@ -21,6 +21,7 @@ from edgekit import sandbox
 from edgekit.device import SCHEMA, DeviceProfile
 from edgekit.errors import EdgeKitError, TargetError
 from edgekit_runtime.engines import ENGINES, engine_version
+from edgekit_runtime.engines.accelerators import split_engine
 from edgekit_runtime.machine import machine_name
 
 __all__ = ["Facts", "facts_script", "probe_engine", "profile_of", "read_facts", "this_machine"]
@@ -227,12 +228,13 @@ def this_machine() -> DeviceProfile:
 
 
 def probe_engine(name: str) -> str | None:
-    """None if the engine compiled and ran a one-operator model in a child process, else why not.
+    """None if the engine, or `ENGINE:ACCELERATOR`, compiled and ran a one-operator model in a child
+    process, else why not.
 
     Being installed proves nothing; a package for another CPU imports and then crashes.
     """
     if engine_version(name) is None:
-        return f"not installed; pip install {ENGINES[name].distributions[0]}"
+        return f"not installed; pip install {ENGINES[split_engine(name)[0]].distributions[0]}"
     try:
         sandbox.call(
             "edgekit_runtime.probe:probe",

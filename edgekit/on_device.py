@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from edgekit.accelerated import contract_of
 from edgekit.artifact import TensorSpec, open_model
 from edgekit.bundle import VariantSource, latency_limits, write_bundle
 from edgekit.errors import UsageError
@@ -17,9 +20,10 @@ from edgekit.precision import quantized_already
 from edgekit.preparation import Job, Request
 from edgekit_runtime import __version__
 
-__all__ = ["bundle_of", "differs_there", "golden_there", "plain_bundle"]
+__all__ = ["bundle_of", "differs_there", "golden_there", "measuring_inputs", "plain_bundle"]
 
 _CHECK_S = 300.0
+_MEASURE_SAMPLES = 32
 
 
 def differs_there(site: Site, bundle: Path, threads: int) -> str | None:
@@ -57,6 +61,17 @@ def golden_there(site: Site, bundle: Path, threads: int) -> list[dict[str, Any]]
     return rows
 
 
+def measuring_inputs(job: Job, folder: Path) -> Path:
+    """Real samples to measure with, as a file there: speed may depend on what is in them."""
+    step = max(1, len(job.split.selection) // _MEASURE_SAMPLES)
+    picked = job.split.selection[::step][:_MEASURE_SAMPLES]
+    samples = [job.data.sample(int(number), job.source.inputs) for number in picked]
+    path = folder / "inputs.npz"
+    stacked = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
+    np.savez(path, allow_pickle=False, **stacked)
+    return path
+
+
 def plain_bundle(contender: Contender, path: Path, work: Path) -> None:
     """A bundle of a plain model, with golden outputs that this machine computes now."""
     assert contender.engine is not None  # noqa: S101  (plain models have one)
@@ -73,31 +88,19 @@ def plain_bundle(contender: Contender, path: Path, work: Path) -> None:
 
 
 def bundle_of(
-    job: Job, request: Request, row: Row, path: Path, *, incomplete: list[str], work: Path
-) -> None:
-    """Write a bundle of a candidate that was measured; its figures say where."""
+    job: Job, request: Request, row: Row, path: Path, *, incomplete: list[str], work: Path,
+    second: Row | None = None,
+) -> None:  # fmt: skip
+    """Write a bundle of a candidate that was measured, and of a second one for where the first
+    does not run; its figures say where they are from."""
     assert row.artifact is not None  # noqa: S101  (only built ones are chosen)
-    assert row.measurement is not None  # noqa: S101
-    placement, latency = row.measurement.placement, row.measurement.latency()
-    candidate, site = row.candidate, request.site
+    site = request.site
     write_bundle(
         path,
-        (
-            VariantSource(
-                candidate.id, candidate.engine, row.artifact, str(candidate.scheme), job.threads,
-                placement["precision"], placement["shares"],
-                {
-                    "latency_ns": latency,
-                    **latency_limits(latency or {}, job.conditions),
-                    "metric": {job.metric: row.evaluation["metric"]},
-                    "conditions": job.conditions,
-                },
-                row.measurement.peak_rss_bytes or None,
-            ),
-        ),
+        tuple(_variant(job, request, one) for one in (row, second) if one is not None),
         name=request.model.stem,
         inputs=_with_facts(job, row),
-        outputs=row.artifact.outputs if candidate.fixed_shapes else job.source.outputs,
+        outputs=row.artifact.outputs if row.candidate.fixed_shapes else job.source.outputs,
         pipeline=job.pipeline,
         profile=job.profile.id,
         provenance={
@@ -106,10 +109,43 @@ def bundle_of(
             "model_sha256": job.source.sha256,
             "data_sha256": job.data.sha256,
             "steps": list(row.artifact.provenance),
-            "latency": {"label": site.label, "where": site.target, "device": site.name},
+            "latency": {
+                "label": "simulated" if row.simulated else site.label, "where": site.target,
+                "device": site.name,
+            },
             "incomplete": incomplete,
         },
         work=work,
+    )  # fmt: skip
+
+
+def _variant(job: Job, request: Request, row: Row) -> VariantSource:
+    assert row.artifact is not None and row.measurement is not None  # noqa: S101
+    candidate, measured = row.candidate, row.measurement
+    latency, contract = measured.latency(), contract_of(row)
+    expected: dict[str, Any] = {
+        "latency_ns": latency,
+        **latency_limits(latency or {}, job.conditions),
+        "metric": {job.metric: row.evaluation["metric"]},
+        "conditions": job.conditions,
+    }
+    if contract is None or row.placed is None:
+        return VariantSource(
+            candidate.id, candidate.engine, row.artifact, str(candidate.scheme), job.threads,
+            measured.placement["precision"], measured.placement["shares"], expected,
+            measured.peak_rss_bytes or None,
+        )  # fmt: skip
+    expected["placement"] = {
+        "shares": row.placed.shares, "of": row.placed.of, "simulated": row.placed.simulated or None,
+        "left": [list(one) for one in row.placed.nodes if one[0] == "CPU"],
+    }  # fmt: skip
+    whole = all(row.placed.shares.get(key, 0.0) >= share for key, share in contract.items())
+    return VariantSource(
+        candidate.id, candidate.engine, row.artifact, str(candidate.scheme), job.threads,
+        candidate.precision, contract, expected,
+        # an emulator's memory is not a device's
+        None if row.simulated else measured.peak_rss_bytes or None,
+        macs=row.macs, on_misplacement="refuse" if whole else "warn",
     )  # fmt: skip
 
 

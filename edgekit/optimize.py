@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from edgekit import sandbox
+from edgekit.accelerated import Order, judge_placement, not_on_it, why_simulated
 from edgekit.cache import Cache, write_atomically
 from edgekit.choose import Allowed, Choice, Entrant, over_budget, rank, samples_to_tell
 from edgekit.control import AccuracyControl, SearchEndedError
@@ -38,7 +40,7 @@ from edgekit.measure.report import report_html
 from edgekit.measure.roof import roofline_here, share_of_roof
 from edgekit.measure.site import HERE
 from edgekit.observer import Diary, Observer
-from edgekit.on_device import bundle_of, differs_there
+from edgekit.on_device import bundle_of, differs_there, measuring_inputs
 from edgekit.outcome import Row, result_document
 from edgekit.plan import Candidate
 from edgekit.preparation import Request, prepare
@@ -51,7 +53,6 @@ __all__ = ["Request", "Run", "optimize"]
 _BUILD_SHARE, _REPAIR_SHARE, _MEASURE_SHARE = 0.4, 0.65, 0.85
 #: of the time so far, what repairing again may take
 _SECOND_SHARE = 0.25
-_MEASURE_SAMPLES = 32
 
 
 def optimize(
@@ -86,6 +87,7 @@ class Run:
         self.diary = Diary(observer)
         self.incomplete: list[str] = []
         self.roofline: Roofline | None = None
+        self.backup: Row | None = None
         self.saved = False
         self.search = {"evaluations": 0, "screenings": 0, "samples": 0}
 
@@ -170,6 +172,7 @@ class Run:
             broken = forbidden(self.job, candidate, row.artifact)
             if broken:
                 return row.end("dropped", broken)
+            misplaced = judge_placement(self.job, self.request, row, limits, progress)
             row.evaluation = self.job.builder.evaluate(
                 candidate, row.artifact, self.job.split.selection, limits, progress
             )
@@ -189,6 +192,9 @@ class Run:
         if reason:
             row.end("dropped", reason)
             row.lost = True
+        if misplaced:
+            row.end("dropped", misplaced)
+            row.lost, reason = False, misplaced
         self.observer.row(
             candidate.id,
             f"{self.job.metric} {figure:.4f}" + (f", dropped: {reason}" if reason else ""),
@@ -251,7 +257,7 @@ class Run:
             if row.artifact is not None and row.evaluation
         ]  # fmt: skip
         taken = measure(
-            contenders, rows[0].candidate.id, inputs=self._measuring_inputs(),
+            contenders, rows[0].candidate.id, inputs=measuring_inputs(self.job, self.work),
             rounds=Rounds(least=3, most=3, block_s=0.02), cancel=self.cancel,
             deadline=self._deadline(_REPAIR_SHARE), seed=self.request.seed, site=self.request.site,
         )  # fmt: skip
@@ -260,6 +266,10 @@ class Run:
             found = taken.get(row.candidate.id)
             if found is not None and found.rounds_ns and base:
                 row.quick = float(np.median(found.medians_ns) / np.median(base))
+                if (
+                    row.simulated and row.artifact and rows[0].artifact
+                ):  # the best there is to go by
+                    row.quick = row.artifact.size_bytes / rows[0].artifact.size_bytes
                 if not row.measurement or len(row.measurement.rounds_ns) <= len(found.rounds_ns):
                     row.measurement = found
 
@@ -268,6 +278,7 @@ class Run:
         able = [
             row for row in rows
             if row.status == "planned" and row.measurement and not row.candidate.reference_only
+            if not row.simulated
         ]  # fmt: skip
         if able and not self.cancel.is_set():
             self._write_bundle(min(able, key=self._cost), ["the best so far of a search"])
@@ -282,7 +293,7 @@ class Run:
     # --- measure --------------------------------------------------------------------------------
 
     def _measure_all(self, rows: list[Row]) -> None:
-        inputs = self._measuring_inputs()
+        inputs = measuring_inputs(self.job, self.work)
         contenders = [
             Contender(
                 row.candidate.id, row.artifact.path, self.job.threads, row.candidate.engine,
@@ -325,7 +336,8 @@ class Run:
             return
         if self.request.site.simulated:  # a roof is of hardware
             return
-        engines = {row.candidate.engine for row in rows if row.measurement}
+        by_cpu = [row for row in rows if row.measurement and not row.candidate.accelerator]
+        engines = {row.candidate.engine for row in by_cpu}
         self.roofline = job.profile.roofline
         with suppress(EdgeKitError):
             if self.request.site is not HERE and self.roofline is None:
@@ -336,25 +348,13 @@ class Run:
             )  # fmt: skip
         for row in rows:
             latency = row.measurement.latency() if row.measurement else None
-            if self.roofline is not None and latency and not row.candidate.pruning:
+            apart = row.candidate.pruning or row.candidate.accelerator
+            if self.roofline is not None and latency and not apart:
                 row.roof_share = share_of_roof(
                     job.fit.graph, self.roofline, engine=row.candidate.engine,
                     scheme_kind=row.candidate.scheme.kind, threads=job.threads,
                     latency_ns=latency["p50"],
                 )  # fmt: skip
-
-    def _measuring_inputs(self) -> Path:
-        """Real samples to measure with: speed may depend on what is in them."""
-        picked = self.job.split.selection[
-            :: max(1, len(self.job.split.selection) // _MEASURE_SAMPLES)
-        ]
-        samples = [
-            self.job.data.sample(int(i), self.job.source.inputs) for i in picked[:_MEASURE_SAMPLES]
-        ]
-        path = self.work / "inputs.npz"
-        stacked = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
-        np.savez(path, allow_pickle=False, **stacked)
-        return path
 
     # --- choose and confirm ---------------------------------------------------------------------
 
@@ -368,31 +368,24 @@ class Run:
         choice = self._ranked(rows, eligible=eligible)
         for key, reason in choice.dropped.items():
             by_id[key].end("dropped", reason)
-        chosen: Row | None = rows[0] if eligible else None
-        confirmation, failed, first_try = None, [], tries == 0
-        for key in choice.order:
-            chosen, tries = by_id[key], tries + 1
-            if self.incomplete and "user" in self.incomplete[0]:
-                break  # not confirmed, and said so
-            other = self._differs_there(chosen)
-            if other is not None:
-                chosen.end("dropped", other)
-                chosen = rows[0] if eligible else None
-                continue
-            confirmation = self._confirm(chosen, tries)
-            if confirmation is None or confirmation["reason"] is None:
-                break
-            chosen.end("dropped", f"on the untouched samples: {confirmation['reason']}")
-            self.diary.note(f"{key} was within the budget on the selection samples but not when "
-                       "confirmed; the next best was taken")  # fmt: skip
-            failed.append(chosen)
-            chosen = rows[0] if eligible else None
+        first_try, failed = tries == 0, list[Row]()
+        order = Order.of(self.job, self.request, rows, choice.order)
+        chosen, confirmation, tries = self._first_confirmed(order.ids, by_id, tries, failed)
+        if chosen is None and eligible and order.may_be_reference:
+            chosen = rows[0]
         if first_try and failed and self._second_chance(failed, rows):
             return self._choose(rows, tries)
+        self.backup, again, backups = None, list[Row](), order.backups if chosen else ()
+        if chosen is not None and chosen.simulated:
+            self.backup, *_ = self._first_confirmed(backups, by_id, tries, again)
         for row in rows:
-            if row is chosen:
-                first = row.candidate.id == choice.order[0]
+            if row is chosen and row.simulated:
+                row.end("chosen", why_simulated(row, self.request.allow_fallback))
+            elif row is chosen:
+                first = row.candidate.id in choice.order[:1]
                 row.end("chosen", choice.why if first else self._why_next(row, rows[0]))
+            elif row is self.backup:
+                row.end("kept", "second in the bundle, for where the accelerator is not to be had")
             elif row.candidate.reference_only and row.status == "planned":
                 row.end("kept", f"only compared with: {row.candidate.ruling or _NEEDS_FIXED}")
             elif row.status == "planned":
@@ -402,17 +395,41 @@ class Run:
             self.diary.note(
                 f"nothing that {profile} can run was tried to the end: no bundle was made"
                 if self.incomplete
-                else f"nothing is left that {profile} can run within the accuracy budget of "
+                else not_on_it(self.request, rows)
+                or f"nothing is left that {profile} can run within the accuracy budget of "
                 f"{budget}: no bundle was made"
             )
         return chosen, confirmation
+
+    def _first_confirmed(
+        self, order: Sequence[str], by_id: dict[str, Row], tries: int, failed: list[Row]
+    ) -> tuple[Row | None, dict[str, Any] | None, int]:
+        """The first that answers on the device as here, and is within the budget on the untouched
+        samples; what is not goes to `failed`."""
+        confirmation = None
+        for key in order:
+            row, tries = by_id[key], tries + 1
+            if self.incomplete and "user" in self.incomplete[0]:
+                return row, None, tries  # not confirmed, and said so
+            other = self._differs_there(row)
+            if other is not None:
+                row.end("dropped", other)
+                continue
+            confirmation = self._confirm(row, tries)
+            if confirmation is None or confirmation["reason"] is None:
+                return row, confirmation, tries
+            row.end("dropped", f"on the untouched samples: {confirmation['reason']}")
+            self.diary.note(f"{key} was within the budget on the selection samples but not when "
+                       "confirmed; the next best was taken")  # fmt: skip
+            failed.append(row)
+        return None, confirmation, tries
 
     def _ranked(self, rows: list[Row], *, eligible: bool) -> Choice:
         entrants = [
             Entrant(row.candidate.id, row.artifact.size_bytes, row.measurement)
             for row in rows
             if row.status == "planned" and row.artifact and row.measurement
-            if not row.candidate.reference_only
+            if not row.candidate.reference_only and not row.simulated
         ]
         base = Entrant(rows[0].candidate.id, self.job.source.size_bytes, _measured(rows[0]))
         return rank(entrants, base, self.request.minimize, eligible=eligible)
@@ -509,6 +526,7 @@ class Run:
             "why": chosen.reason if chosen else self.diary.notes[-1],
             "confirmation": confirmation,
             "bundle": str(request.out / "model.edgekit") if chosen else None,
+            "second": self.backup.candidate.id if self.backup else None,
             "report": str(report),
             "incomplete": bool(self.incomplete),
             "notes": [*self.diary.notes, *self.incomplete],
@@ -551,6 +569,7 @@ class Run:
         bundle_of(
             self.job, self.request, chosen, path or self.request.out / "model.edgekit",
             incomplete=incomplete, work=self.work,
+            second=self.backup if chosen.simulated else None,
         )  # fmt: skip
 
     # --- small things ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from edgekit.pipeline import Pipeline
 from edgekit.plan import Candidate
 from edgekit.preparation import Job, Request
 from edgekit_runtime import __version__
+from edgekit_runtime.placement import Placement
 from edgekit_runtime.preprocess import Preprocess
 
 __all__ = ["SCHEMA", "Row", "plan_document", "result_document"]
@@ -29,7 +30,8 @@ class Row:
     """What is known of one candidate so far. `evaluation` is what `evaluate` returned.
 
     status: planned, then chosen, kept, dropped, failed or skipped. `roof_share` is the least time
-    the device's roof allows divided by the latency.
+    the device's roof allows divided by the latency. `placed`: where it went on its accelerator,
+    `macs` by operator.
     """
 
     candidate: Candidate
@@ -44,7 +46,14 @@ class Row:
     lost: bool = False
     repairs: str = ""
     firmware: OnDevice | None = None
+    placed: Placement | None = None
+    macs: dict[str, int] = field(default_factory=dict)
     blame: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether an emulator stands in for its accelerator, so that its times mean nothing."""
+        return bool(self.placed and self.placed.simulated)
 
     def end(self, status: str, reason: str) -> None:
         """Settle the candidate's fate."""
@@ -53,6 +62,8 @@ class Row:
     def ratio_to(self, other: Row) -> list[float | None] | None:
         """Latency ratio `[median, low, high]` (95 %); None where there is nothing to compare,
         null bounds where there were too few rounds for an interval."""
+        if self.simulated != other.simulated:
+            return None
         if not (self.measurement and self.measurement.rounds_ns and other.measurement):
             return None
         found = ratio_interval(self.measurement.medians_ns, other.measurement.medians_ns)
@@ -89,7 +100,7 @@ def _describe(row: Row, reference: Row) -> dict[str, Any]:
         "roof_share": row.roof_share,
         "first_run_ns": measured.first_run_ns if measured else None,
         "peak_rss_bytes": measured.peak_rss_bytes if measured else None,
-        "placement": measured.placement if measured else None,
+        "placement": _placement(row),
         "size_bytes": row.artifact.size_bytes if row.artifact else None,
         "build_s": round(row.build_s, 3),
         "kept_float": list(candidate.scheme.keep),
@@ -97,6 +108,19 @@ def _describe(row: Row, reference: Row) -> dict[str, Any]:
         "repairs": row.repairs or None,
         "firmware": row.firmware.to_json() if row.firmware else None,
     }
+
+
+def _placement(row: Row) -> dict[str, Any] | None:
+    """Where it ran; of what is for an accelerator also of what the shares are, and what is not
+    there."""
+    found, measured = row.placed, row.measurement
+    if found is None:
+        return measured.placement if measured else None
+    return {
+        "shares": found.shares, "delegate": found.delegate, "precision": found.precision,
+        "of": found.of, "simulated": found.simulated, "accelerator": row.candidate.accelerator,
+        "left": [list(one) for one in found.nodes if one[0] == "CPU"],
+    }  # fmt: skip
 
 
 def result_document(
@@ -150,6 +174,7 @@ def _planned(candidate: Candidate) -> dict[str, Any]:
         "scheme": str(candidate.scheme),
         "pruning": candidate.pruning.id if candidate.pruning else None,
         "fixed_shapes": candidate.fixed_shapes,
+        "accelerator": candidate.accelerator or None,
         "reference_only": candidate.reference_only,
         "skip": candidate.skip,
         "rule": {"field": ruling.field, "why": ruling.why, "source": ruling.source}

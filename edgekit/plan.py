@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from edgekit.accelerate import engines_of
 from edgekit.artifact import FORMAT_NAMES
 from edgekit.compress.prune import Pruning
-from edgekit.compress.quantizers import candidate_schemes, quantizer_for, readable_as
+from edgekit.compress.quantizers import candidate_schemes, fitted, quantizer_for, readable_as
 from edgekit.compress.scheme import Scheme, broken_rule
 from edgekit.convert import install_line, missing_extra, path_between
-from edgekit.device import DeviceProfile
+from edgekit.device import Accelerator, DeviceProfile, Quantization
 from edgekit.errors import UsageError
 from edgekit.fit import Fit
 from edgekit.precision import broken_promise
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+from edgekit_runtime.engines.accelerators import split_engine
 
 __all__ = [
-    "Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling", "with_pruned",
-    "without_bf16",
+    "Candidate", "Ruling", "engine_rulings", "make_plan", "source_ruling", "with_accelerators",
+    "with_pruned", "without_bf16",
 ]  # fmt: skip
 
 #: kinds of schemes in the order they are tried
@@ -52,7 +55,9 @@ class Candidate:
     `fixed_shapes`: built with every free dimension set to what the data has. `pruning`: what goes
     before anything else is done to it. `reference_only`: what the others are compared with, but
     nothing that may be chosen for this device. `target`: the engine there, where `engine` only
-    stands in for it on this machine.
+    stands in for it on this machine. `accelerator`: the profile's name of what it is for (`htp`),
+    where `engine` says how it is reached (`onnxruntime:qnn`), and `compiler_target` what it is
+    compiled for.
     """
 
     id: str
@@ -66,16 +71,27 @@ class Candidate:
     reference_only: bool = False
     pruning: Pruning | None = None
     target: str = ""
+    accelerator: str = ""
+    compiler_target: str | None = None
 
     @property
     def family(self) -> str:
         """What the names of its repairs begin with."""
-        engine = self.target or self.engine
+        engine = (self.target or self.engine).replace(":", "-")
         return f"{engine}-{self.pruning.id}+" if self.pruning else f"{engine}-"
+
+    @property
+    def as_it_came(self) -> bool:
+        """Whether nothing is stored differently: only what floats are computed in may be."""
+        return self.scheme.kind in _NOT_MADE or (
+            bool(self.accelerator) and self.scheme.kind == "fp16"
+        )
 
     @property
     def precision(self) -> str:
         """What its engine is told to compute floats in."""
+        if self.accelerator and self.scheme.kind == "fp16":
+            return "float16"
         return "bfloat16" if self.scheme.kind == "bf16" else "float32"
 
 
@@ -147,6 +163,54 @@ def without_bf16(plan: tuple[Candidate, ...], device: DeviceProfile) -> tuple[Ca
     )
 
 
+def with_accelerators(
+    plan: tuple[Candidate, ...], profile: DeviceProfile, *, faults: Mapping[str, str | None],
+    source_format: str, came: str = "", free_dimensions: bool = False,
+    source_quantized: str | None = None, wanted: str | None = None,
+) -> tuple[Candidate, ...]:  # fmt: skip
+    """The plan, and behind it what is tried on the profile's accelerators; on one alone if it is
+    `wanted`. `faults` holds why an engine does not reach its accelerator here (None: its probe
+    ran); the rest is as for `make_plan`."""
+    found = []
+    for name, engines in engines_of(profile).items():
+        one = profile.accelerators[name]
+        for engine in engines if wanted in (None, name) else ():
+            base, key = split_engine(engine)
+            fmt = ENGINES[base].formats[0]
+            for scheme in _accelerated_schemes(one, engine, fmt):
+                made = Candidate(
+                    f"{base}-{key}-{scheme.id}", engine, fmt, scheme, plan[0].threads,
+                    fixed_shapes=free_dimensions and one.static_shapes, accelerator=name,
+                    compiler_target=one.compiler_target,
+                )  # fmt: skip
+                skip = faults.get(engine)
+                if skip is None and path_between(source_format, fmt) is None:
+                    skip = f"no way to {FORMAT_NAMES[fmt]} in this version"
+                if skip is None and source_quantized and not made.as_it_came:
+                    skip = f"the model is quantized already: {source_quantized}"
+                skip = skip or _why_not(made, source_format, came, None)
+                found.append(replace(made, skip=skip))
+    return (*plan, *found)
+
+
+def _accelerated_schemes(one: Accelerator, engine: str, fmt: str) -> list[Scheme]:
+    """What is tried on an accelerator, by the types it takes: 8 bits where it computes in them,
+    and floats."""
+    types = one.dtypes or ["float32"]
+    whole = [dtype for dtype in types if dtype in ("uint8", "int8")]
+    found = []
+    if whole and one.kind != "gpu":  # GPUs compute 8-bit models in floats
+        rules = Quantization(activations=list(whole))
+        plain = Scheme("int8-static")
+        with suppress(UsageError):
+            found.append(fitted(plain, quantizer_for(plain, fmt, source=""), rules))
+    if {"float32", "float16"} & set(types):
+        found.append(Scheme("fp32"))
+    if "float16" in types and engine in ("ncnn:vulkan", "litert:gpu"):
+        found.append(Scheme("fp16"))
+    return found
+
+
 def with_pruned(
     plan: tuple[Candidate, ...], prunings: Sequence[Pruning], source_format: str
 ) -> tuple[Candidate, ...]:  # fmt: skip
@@ -155,7 +219,8 @@ def with_pruned(
     found = []
     for pruning in prunings:
         for one in plan:
-            if one.skip or one.reference_only or one.scheme.kind not in _PRUNED:
+            unfit = one.skip or one.reference_only or one.accelerator
+            if unfit or one.scheme.kind not in _PRUNED:
                 continue
             made = replace(one, pruning=pruning)
             name = f"{one.engine}-{pruning.id}"
@@ -248,6 +313,6 @@ def _why_not(candidate: Candidate, source_format: str, came: str, fault: str | N
         missing = missing_extra(edge)
         if missing:
             return f"converting needs {missing}: {install_line(edge)}"
-    if candidate.scheme.kind not in _NOT_MADE:
+    if not candidate.as_it_came:
         return quantizer_for(candidate.scheme, candidate.format, source=readable_as(came)).missing()
     return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekit.accelerate import engines_of
 from edgekit.artifact import FORMAT_NAMES, SOURCES, Artifact, open_model
 from edgekit.builder import Builder
 from edgekit.cache import Cache, check_space
@@ -40,6 +41,7 @@ from edgekit.plan import (
     engine_rulings,
     make_plan,
     source_ruling,
+    with_accelerators,
     with_pruned,
     without_bf16,
 )
@@ -56,7 +58,8 @@ _LEAST_FREE_BYTES = 16 << 20
 @dataclass(frozen=True)
 class Request:
     """What the user asked for. `max_drop` is in the metric's units, `budget_s` wall clock;
-    `prune`: shares of the MACs that candidates are tried without; `dry_run`: only the plan is
+    `prune`: shares of the MACs that candidates are tried without; `accelerator`: the profile's name
+    of the one to use, `none` for the CPU; None leaves the choice open. `dry_run`: only the plan is
     wanted, so nothing needs to be written."""
 
     model: Path
@@ -71,6 +74,7 @@ class Request:
     minimize: Aim = "latency"
     site: Site = HERE
     allow_fallback: bool = False
+    accelerator: str | None = None
     budget_s: float | None = None
     threads: int | None = None
     seed: int = 0
@@ -182,12 +186,8 @@ class _Preparation:
                 f"{threads} threads on the {found['cores']} processors here: times are not those "
                 f"of a device that has {threads}"
             )
-        for name, one in profile.accelerators.items() if not firmware else ():
-            self.diary.note(
-                f"the {one.kind} {name} ({one.model or one.engine}) is not used: this version "
-                f"makes bundles for the CPU; edgekit inspect {request.model} --for "
-                f"{profile.id} says what it would run"
-            )
+        if not firmware:
+            self._tell_about_accelerators(profile, plan)
         if plan[0].reference_only:
             why = plan[0].ruling or f"{profile.id} takes fixed shapes only"
             self.diary.note(f"{plan[0].id} is only what the others are compared with: {why}")
@@ -294,6 +294,7 @@ class _Preparation:
         plan = without_bf16(plan, self.request.site.profile) if self._there else plan
         if plan[0].skip:
             raise EdgeKitError(f"the reference cannot be run: {plan[0].skip}")
+        plan = self._with_accelerators(plan, came, source, profile, fit)
         rulings = [c.ruling for c in plan if c.ruling is not None]
         if all(c.ruling is not None or c.reference_only for c in plan):
             if {ruling.field for ruling in rulings} == {"engines"}:
@@ -306,6 +307,59 @@ class _Preparation:
             rules = "; ".join(dict.fromkeys(map(str, rulings)))
             raise LimitError(f"nothing may run on {profile.id}: {rules}")
         return plan
+
+    def _with_accelerators(
+        self, plan: tuple[Candidate, ...], came: Artifact, source: Artifact,
+        profile: DeviceProfile, fit: Fit | None,
+    ) -> tuple[Candidate, ...]:  # fmt: skip
+        """The plan with what is tried on accelerators, each of which ran one operator here.
+
+        Raises:
+            UsageError: the profile has no accelerator of the name asked for.
+            MissingToolError: nothing here reaches the one asked for.
+        """
+        wanted = self.request.accelerator
+        known = engines_of(profile)
+        if wanted == "none" or not (known or wanted):
+            return plan
+        if wanted is not None and wanted not in known:
+            listed = ", ".join(known) or "no accelerator"
+            raise UsageError(f"{profile.id} has no accelerator {wanted!r}; it has {listed}")
+        asked = [name for one, names in known.items() for name in names if wanted in (None, one)]
+        engines = list(dict.fromkeys(asked))
+        with self.diary.phase("probe the accelerators"), ThreadPoolExecutor() as pool:
+            faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
+        plan = with_accelerators(
+            plan, profile, faults=faults, source_format=source.format, came=came.format,
+            free_dimensions=has_free_dimensions(source), wanted=wanted,
+            source_quantized=quantized_already(fit.graph) if fit else None,
+        )  # fmt: skip
+        tried = [one for one in plan if one.accelerator]
+        if wanted and all(one.skip for one in tried) and not self.request.allow_fallback:
+            why = "; ".join(dict.fromkeys(str(one.skip) for one in tried))
+            why = why or "this version has no engine for it"
+            raise MissingToolError(
+                f"{wanted} was asked for and cannot be used here: {why}; --allow-fallback goes on "
+                "with the CPU"
+            )
+        return plan
+
+    def _tell_about_accelerators(
+        self, profile: DeviceProfile, plan: tuple[Candidate, ...]
+    ) -> None:  # fmt: skip
+        for name, one in profile.accelerators.items():
+            called = f"the {one.kind} {name} ({one.model or one.engine})"
+            tried = [c for c in plan if c.accelerator == name]
+            if self.request.accelerator not in (None, name):
+                self.diary.note(f"{called} is left out, as asked")
+            elif not tried:
+                self.diary.note(
+                    f"{called} is not used: nothing here compiles or runs models for it; edgekit "
+                    f"inspect {self.request.model} --for {profile.id} says what it would run"
+                )
+            elif all(c.skip for c in tried):
+                why = "; ".join(dict.fromkeys(str(c.skip) for c in tried))
+                self.diary.note(f"{called} is not used: {why}")
 
     def _firmware_plan(
         self, came: Artifact, source: Artifact, profile: DeviceProfile, fit: Fit | None,

@@ -35,6 +35,8 @@ def forbidden(job: Job, candidate: Candidate, artifact: Artifact) -> str | None:
     converter's work is read back and judged like a model that comes from outside."""
     if candidate.reference_only or job.fit is None:
         return None
+    if candidate.accelerator:  # its own compiler judges it, and the placement shows what it took
+        return None
     if artifact.format == "ncnn":  # its operators are pnnx's choice, and not read here
         return None
     profile = job.profile
@@ -72,7 +74,12 @@ class Repairs:
         self.control.known = {row.candidate.id for row in rows}
         unrepaired = []
         for row in sorted(able, key=self.cost):
-            best = min((r for r in rows if r.status == "planned"), key=self.cost)
+            accelerator = row.candidate.accelerator  # what is for one is not told by time
+            rivals = [
+                r for r in rows
+                if r.status == "planned" and r.candidate.accelerator == accelerator
+            ] or [r for r in rows if r.status == "planned"]  # fmt: skip
+            best = min(rivals, key=self.cost)
             hopeless = self._pruned_too_far(row, rows)
             if hopeless:
                 row.reason += f"; not repaired: {hopeless}"

@@ -85,7 +85,7 @@ def child_environment() -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_ENABLE_ONEDNN_OPTS": "0",  # its results vary with the CPU's features
         "TF_USE_LEGACY_KERAS": "1",  # onnx2tf builds with Keras 2
-        "CUDA_VISIBLE_DEVICES": "-1",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "-1"),
         "NNCF_CI": "1",  # switches NNCF's telemetry off
         "PYTHONUNBUFFERED": "1",
         # On a busy machine its threads wait for each other ten times as long as they compute.

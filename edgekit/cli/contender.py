@@ -15,7 +15,8 @@ from edgekit.measure.worker import Contender
 from edgekit.observer import Observer
 from edgekit.reading import Reading
 from edgekit_runtime.bundle import Bundle, is_bundle
-from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES, check_engine
+from edgekit_runtime.engines.accelerators import split_engine
 
 __all__ = ["contender", "engine_of", "model_bytes", "parts"]
 
@@ -34,8 +35,8 @@ def contender(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; wanted at least 1")
-    if engine is not None and engine not in ENGINES:
-        raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
+    if engine is not None:
+        check_engine(engine)
     path = Path(model)
     if path.is_file() and is_bundle(path):
         if engine is not None:
@@ -74,10 +75,11 @@ def _loadable(
     """A file that the engine loads: the model, or what it becomes, proven to compute the same."""
     fmt = detect(model).format
     wanted = engine or ENGINE_OF_FORMAT.get(fmt, "onnxruntime")
-    if fmt in ENGINES[wanted].formats and not reading.inputs:
+    formats = ENGINES[split_engine(wanted)[0]].formats
+    if fmt in formats and not reading.inputs:
         return Path(model), wanted
     artifact = open_model(model, reading=reading)
-    target = ENGINES[wanted].formats[0]
+    target = formats[0]
     found = convert_with_proof(artifact, target, cache=Cache(), observer=observer)
     if not found.passed:
         reason = next(line for line in found.ledger if not line.passed).reason()

@@ -56,6 +56,7 @@ def optimize(
     budget: str | None = None,
     threads: int | None = None,
     seed: int = 0,
+    accelerator: str | None = None,
     allow_fallback: Annotated[bool, Parameter(negative="")] = False,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("out"),
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -108,6 +109,10 @@ def optimize(
     prune
         Also try the model, in float and int8, without that share of its MACs (0.3 say; may be given
         more than once): channels go as edgekit prune takes them out.
+    accelerator
+        The profile's name of the accelerator to use (htp, gpu): an error if it is not, or runs only
+        part of the model. none: the CPU alone. Otherwise all are tried, and the bundle has the
+        best for the CPU, too.
     allow_fallback
         Take what an accelerator does only in part, the rest of it on the CPU; the bundle says so.
     seed
@@ -127,6 +132,7 @@ def optimize(
         max_drop=max_drop, slice_by=slice_by, max_slice_drop=max_slice_drop, minimize=minimize,
         budget_s=_seconds(budget),
         threads=threads, seed=seed, dry_run=dry_run, allow_fallback=allow_fallback,
+        accelerator=accelerator,
         prune=tuple(prune or ()),
         reading=(source or SourceOptions()).reading(),
         command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),

@@ -114,6 +114,8 @@ def measure(
                 taken[one.id].first_run_ns = worker.hello["first_run_ns"]
                 taken[one.id].engine_version = worker.hello["engine_version"]
                 taken[one.id].placement = worker.hello["placement"]
+                if worker.hello["placement"].get("simulated"):
+                    taken[one.id].label = "simulated"
                 workers[one.id] = worker
                 for _ in range(rounds.warm_up_blocks):
                     worker.take(rounds.block_s, most=rounds.most_per_block)

@@ -291,7 +291,13 @@ class _Job:
             )
         cut = min(warm_up(kept), len(kept) - 1)
         found["warm_up_samples"] = cut if len(kept) == len(samples) else None
-        found["latency_ns"] = latency_summary(kept[cut:], label=self.bench.site.label)
+        emulated = (found["placement"] or {}).get("simulated")
+        label = "simulated" if emulated else self.bench.site.label
+        if emulated:
+            self.out.notes.append(
+                f"{emulated} stands in for the accelerator: these times say nothing of a device's"
+            )
+        found["latency_ns"] = latency_summary(kept[cut:], label=label)
         found["median_half_width"] = _number(width(kept[cut:]))
 
     def soak(self) -> None:

@@ -212,16 +212,17 @@ def _bench(args: argparse.Namespace) -> int:
             raise type(error)(f"{error}; {hint}") from error
         with session.measure(capacity=args.runs) as measured:
             taken = sample(lambda: call(next(samples)), args.runs)
-        placement = str(session.placement)
+        placement = session.placement
     parts = measured.summary()
-    latency = summary(taken)
+    label = "simulated" if placement.simulated else "measured"
+    latency = summary(taken, label=label)
     if args.json:
         document = {
             "schema": "edgekit.bench/1",
             "latency_ns": latency,
             "samples_ns": taken,
             "parts_ns": {name: parts[name] for name in ("pre", "infer", "post")},
-            "placement": placement,
+            "placement": str(placement),
             "peak_rss_bytes": peak_rss_bytes(),
         }
         names = ("cpu_ns", "wall_ns", "energy_j", "rss_bytes", "temperature_c", "frequency_mhz")
@@ -230,7 +231,7 @@ def _bench(args: argparse.Namespace) -> int:
         known = [k for k in ("p50", "p90", "min") if latency[k] is not None]
         shown = "  ".join(f"{k} {latency[k] / 1e6:.3f} ms" for k in known)
         split = ", ".join(f"{k} {parts[k]['p50'] / 1e6:.3f}" for k in ("pre", "infer", "post"))
-        print(f"{shown}  ({latency['samples']} runs, measured here; {placement})")
+        print(f"{shown}  ({latency['samples']} runs, {label} here; {placement})")
         print(f"p50 of the parts in ms: {split}")
     return 0
 

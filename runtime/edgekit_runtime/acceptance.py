@@ -80,7 +80,8 @@ def _latency(session: Session) -> Dict[str, Any]:
     inputs = synthetic_inputs(session)
     taken = sample(lambda: session.run(inputs), 2)
     count = max(3, min(_RUNS, _SECONDS_NS // max(1, taken[-1])))
-    return summary(sample(lambda: session.run(inputs), int(count)))
+    label = "simulated" if session.placement.simulated else "measured"
+    return summary(sample(lambda: session.run(inputs), int(count)), label=label)
 
 
 def _promised(variant: Variant) -> Tuple[Optional[float], str]:

@@ -138,11 +138,11 @@ class Variant:
     """One way to run the model: files for one engine, and what was promised of it.
 
     `input_names`/`output_names` are the engine's own names, in the order of the manifest's
-    specs. `placement` is the least share of operators per device (`{"CPU": 1.0}`), and
-    `on_misplacement` what to do when the engine does otherwise: `refuse`, `warn`, or `next` (take
-    the next variant). `machines` are those it runs on (`x86_64`, `aarch64`, `armv7l`; none: all),
-    `memory_bytes` the peak of a process that runs it.
-    `expected` holds what was measured when the bundle was made, with its conditions.
+    specs. `engine` may name an accelerator (`ncnn:vulkan`). `placement` is the least share per
+    device (`{"NPU": 1.0}`), of the multiply-accumulates where `macs` has those of each operator,
+    else of the operators; `on_misplacement` is what to do when the engine does otherwise: `refuse`,
+    `warn`, or `next` (take the next variant). `machines` are those it runs on (`x86_64`, `aarch64`,
+    `armv7l`; none: all), `memory_bytes` the peak of a process that runs it. `expected` holds what was measured when the bundle was made, with its conditions.
     """
 
     id: str
@@ -160,6 +160,7 @@ class Variant:
     on_misplacement: str = "refuse"
     machines: Tuple[str, ...] = ()
     memory_bytes: Optional[int] = None
+    macs: Dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 
 from .engines import Options, load_engine
+from .engines.accelerators import accelerator_of, split_engine
 from .errors import EngineError, MissingToolError, one_line
 
 __all__ = ["ONNX_MODEL", "probe", "tflite_model"]
@@ -44,18 +45,20 @@ def tflite_model() -> bytes:
 
 
 def probe(engine: str) -> str:
-    """Compile and run one operator; returns the engine's version.
+    """Compile and run one operator, for `ENGINE:ACCELERATOR` on the accelerator; returns the
+    engine's version.
 
     Raises:
-        EngineMissingError: not installed.
-        EngineError: installed, but it does not compute.
+        EngineMissingError: not installed, or nothing here to run on.
+        EngineError: installed, but it does not compute, or computes somewhere else.
     """
     files = {"probe.onnx": ONNX_MODEL}
     x = np.array([[1.5, -2.0]], np.float32)
     wanted = x + x
-    if engine == "litert":
+    base, accelerator = split_engine(engine)
+    if base == "litert":
         files = {"probe.tflite": tflite_model()}
-    elif engine == "ncnn":
+    elif base == "ncnn":
         files = _NCNN
     else:
         x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
@@ -65,10 +68,14 @@ def probe(engine: str) -> str:
         binding = loaded.bind((x.shape,))
         binding.inputs[0][...] = x
         binding.invoke()
+        placement = loaded.placement()
     except MissingToolError:
         raise
     except Exception as error:
         raise EngineError(f"{engine} does not run one operator: {one_line(error)}") from error
-    if not np.allclose(binding.outputs[0], wanted, atol=1e-5):
+    allowed = 1e-2 if accelerator else 1e-5  # some compute in float16, whatever they are told
+    if not np.allclose(binding.outputs[0], wanted, atol=allowed, rtol=allowed):
         raise EngineError(f"{engine} computes wrong results for one operator: do not use it here")
+    if accelerator and placement.shares.get(accelerator_of(engine).device) != 1.0:
+        raise EngineError(f"{engine} was asked for and ran {placement}")
     return loaded.version

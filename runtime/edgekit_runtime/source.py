@@ -18,6 +18,7 @@ import numpy as np
 
 from .bundle import Bundle, is_bundle
 from .engines import ENGINE_OF_FORMAT, ENGINES, Loaded, Options, load_engine
+from .engines.accelerators import split_engine
 from .errors import (
     BundleError,
     EdgeKitError,
@@ -33,7 +34,7 @@ from .errors import (
     one_line,
 )
 from .manifest import Manifest, TensorSpec, Variant
-from .placement import Placement, enforce
+from .placement import Placement, by_macs, enforce
 
 __all__ = [
     "COMPANIONS",
@@ -74,7 +75,8 @@ class Opened(NamedTuple):
             EngineError: it does not say.
         """
         try:
-            return self.loaded.placement(operators=operators)
+            found = self.loaded.placement(operators=operators)
+            return by_macs(found, self.variant.macs) if self.variant is not None else found
         except EdgeKitError:
             raise
         except Exception as error:
@@ -115,9 +117,10 @@ class Source:
         found = format_of(self.path)
         files = model_files(self.path)
         chosen = ENGINE_OF_FORMAT[found] if self.engine is None else self.engine
-        if chosen in ENGINES and found not in ENGINES[chosen].formats:
+        engine = split_engine(chosen)[0]
+        if engine in ENGINES and found not in ENGINES[engine].formats:
             able = ", ".join(name for name, row in ENGINES.items() if found in row.formats)
-            raise UsageError(f"{chosen} does not load {self.path.suffix} files; {able} would")
+            raise UsageError(f"{engine} does not load {self.path.suffix} files; {able} would")
         options = self._options(1, self.precision)
         loaded = self._load(chosen, files, options)
         return Opened(loaded, loaded.inputs, loaded.outputs, streams=options.streams)

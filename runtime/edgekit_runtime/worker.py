@@ -30,6 +30,7 @@ from .source import format_of
 from .timing import sample
 
 _Arrays = Dict[str, np.ndarray]
+_MOST_LEFT = 1000
 
 __all__ = [
     "cold_start",
@@ -70,6 +71,9 @@ def main_loop(
                 "shares": placement.shares,
                 "delegate": placement.delegate,
                 "precision": placement.precision,
+                "of": placement.of,
+                "simulated": placement.simulated,
+                "left": [node for node in placement.nodes if node[0] == "CPU"][:_MOST_LEFT],
             },
         }
     )

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..manifest import TensorSpec
 from ..placement import Placement
+from .accelerators import accelerator_of, split_engine
 
 __all__ = [
     "ENGINES",
@@ -36,6 +37,7 @@ __all__ = [
     "Loaded",
     "Options",
     "Shapes",
+    "check_engine",
     "engine_version",
     "import_engine",
     "load_engine",
@@ -77,8 +79,8 @@ MAX_THREADS = 1024  # onnxruntime 1.31 kills the process when asked for 5000
 
 @dataclass(frozen=True)
 class Options:
-    """How to load: threads for a call, calls that are to run side by side (`streams`), and the
-    precision floats are to be computed in.
+    """How to load: threads for a call, calls that are to run side by side (`streams`), the
+    precision floats are to be computed in, and the engine's accelerator (`vulkan`), if any.
 
     Raises:
         UsageError: a value no engine knows.
@@ -87,6 +89,7 @@ class Options:
     threads: int = 1
     precision: str = "float32"
     streams: int = 1
+    accelerator: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.threads, int) or not 1 <= self.threads <= MAX_THREADS:
@@ -161,11 +164,24 @@ class Loaded(ABC):
         """Free what reference counting does not."""
 
 
+def check_engine(name: str) -> None:
+    """Refuse a name that is neither an engine's nor `ENGINE:ACCELERATOR`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    engine, accelerator = split_engine(name)
+    if engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}; known: {', '.join(ENGINES)}")
+    if accelerator:
+        accelerator_of(name)
+
+
 def engine_version(name: str) -> Optional[str]:
     """The installed version of an engine, or None. Does not import it."""
     from importlib import metadata
 
-    for distribution in ENGINES[name].distributions:
+    for distribution in ENGINES[split_engine(name)[0]].distributions:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
     return None
@@ -178,6 +194,7 @@ def import_engine(name: str) -> Any:
         EngineMissingError: the engine is not installed, or there is none of that name.
         EngineError: it is installed but cannot be imported.
     """
+    name = split_engine(name)[0]
     if name not in ENGINES:
         raise EngineMissingError(f"no engine {name!r}; known: {', '.join(ENGINES)}")
     for package in ENGINES[name].packages:
@@ -199,20 +216,27 @@ def _import(package: str) -> Any:
 
 
 def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load a model, given as bytes by file name, into the engine.
+    """Load a model, given as bytes by file name, into the engine; `ENGINE:ACCELERATOR` has it run
+    on what `accelerators.ACCELERATORS` lists.
 
     Raises:
-        EngineMissingError: the engine is not installed.
+        EngineMissingError: the engine is not installed, or does not reach the accelerator.
         EngineTooOldError: the model needs a newer version of the engine.
         ModelError: the engine refused the model.
         EngineError: the engine is installed but cannot be imported.
         UsageError: the engine cannot compute in the precision asked for.
     """
     import_engine(name)
-    if options.precision != "float32" and name != "openvino":
+    engine, accelerator = split_engine(name)
+    module = ENGINES[engine].module
+    if accelerator:
+        accelerator_of(name)
+        options = replace(options, accelerator=accelerator)
+        module += "_gpu" if name == "litert:gpu" else ""
+    if options.precision not in _PRECISIONS_OF.get(name, ("float32",)):
         raise UsageError(f"{name} computes floats in float32; {options.precision} was asked for")
     load: Callable[[Mapping[str, bytes], Options], Loaded]
-    load = importlib.import_module("." + ENGINES[name].module, __name__).load
+    load = importlib.import_module("." + module, __name__).load
     try:
         return load(files, options)
     except EdgeKitError:
@@ -221,6 +245,12 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
         raise _explained(name, error) from error
 
 
+#: what engines compute floats in, where there is a choice
+_PRECISIONS_OF = {
+    "openvino": tuple(PRECISIONS), "openvino:gpu": ("float32", "float16"),
+    "openvino:npu": ("float32", "float16"), "ncnn:vulkan": ("float32", "float16"),
+    "litert:gpu": ("float32", "float16"),
+}  # fmt: skip
 #: how engines say that a model is of a later version than they know
 _TOO_NEW = (
     r"(?i)(opset|ir.?version|domain_version).*(support|guarantee|max)|unsupported (model IR|opset)"
@@ -232,7 +262,8 @@ def _explained(name: str, error: Exception) -> EdgeKitError:
     text = one_line(error)
     if re.search(_TOO_NEW, text):
         return EngineTooOldError(
-            f"the model needs a newer {name} than the {engine_version(name)} installed: {text}"
+            f"the model needs a newer {split_engine(name)[0]} than the {engine_version(name)} "
+            f"installed: {text}"
         )
     return ModelError(f"{name} cannot load the model: {text}")
 

@@ -22,10 +22,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Set, Tuple
 
 import numpy as np
 
-from ..errors import EngineTooOldError, ModelError, one_line
+from ..errors import EngineMissingError, EngineTooOldError, ModelError, one_line
 from ..manifest import Dim, TensorSpec
 from ..placement import Placement
 from . import Binding, Loaded, Options, Shapes
+from .chatter import hearing
 
 __all__ = ["load"]
 
@@ -40,6 +41,7 @@ _REDUCED = (
 _EXAMPLE = (
     '{"inputs": [{"name": "in0", "dtype": "float32", "shape": [1, 3, "H", "W"]}], "outputs": [...]}'
 )
+_SOFTWARE = 3  # ncnn's GpuInfo.type(): 0 discrete, 1 integrated, 2 virtual, 3 the CPU
 _TOO_SMALL = "an input is too small for the model, or there is no memory"
 
 #: what a blob is to the caller, and the rank of ncnn's Mat; with its index in the net
@@ -48,8 +50,17 @@ _Blob = Tuple[int, TensorSpec, int]
 
 
 def load(files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load a net on the CPU, in float32: on ARM ncnn would choose float16 by itself."""
+    """Load a net on the CPU, in float32: on ARM ncnn would choose float16 by itself. Or on the
+    first Vulkan device, in either."""
     import ncnn
+
+    vulkan = options.accelerator == "vulkan"
+    with hearing([]) if vulkan else contextlib.nullcontext():
+        found = vulkan and hasattr(ncnn, "get_gpu_count") and ncnn.get_gpu_count()
+    if vulkan and not found:
+        raise EngineMissingError(
+            "ncnn finds no Vulkan device here: a driver and its loader (libvulkan.so.1) are needed"
+        )
 
     named = {Path(name).suffix.lower(): name for name in files}
     if ".json" not in named:
@@ -69,7 +80,8 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
     net.opt.num_threads = options.threads
     for name in (*_REDUCED, "use_vulkan_compute"):
         if hasattr(net.opt, name):  # not every version and build has them all
-            setattr(net.opt, name, False)
+            half = "fp16" in name and options.precision == "float16"
+            setattr(net.opt, name, vulkan and (half or name == "use_vulkan_compute"))
     with _private_copy(files[param]) as path:
         if net.load_param(path) != 0:
             raise ModelError(f"ncnn refuses {param}; what it found is on stderr")
@@ -106,7 +118,23 @@ class _Loaded(Loaded):
     def placement(self, *, operators: bool = True) -> Placement:
         reduced = any(getattr(self._net.opt, name, False) for name in _REDUCED)
         precision = "float16" if reduced else "float32"
-        return Placement({"CPU": 1.0}, "ncnn", precision, {**self._layers})
+        if not getattr(self._net.opt, "use_vulkan_compute", False):
+            return Placement({"CPU": 1.0}, "ncnn", precision, {**self._layers})
+        import ncnn
+
+        # what has no Vulkan kernel runs on the CPU, between a download and an upload
+        nodes = tuple(
+            ("GPU" if layer.support_vulkan else "CPU", layer.type, layer.name)
+            for layer in self._net.layers()
+        )
+        devices = [device for device, _, _ in nodes]
+        shares = {one: devices.count(one) / len(nodes) for one in dict.fromkeys(devices)}
+        card = ncnn.get_gpu_info(0)
+        software = card.type() == _SOFTWARE
+        return Placement(
+            shares, f"ncnn Vulkan, {card.device_name()}", precision, {**self._layers}, nodes,
+            simulated=card.device_name() if software else "",
+        )  # fmt: skip
 
     def close(self) -> None:
         # Never net.clear(): it crashes if an Extractor or a blob is alive, in another thread, say.

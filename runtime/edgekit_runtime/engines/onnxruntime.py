@@ -1,18 +1,22 @@
-"""ONNX Runtime: inputs and outputs bound once to numpy memory."""
+"""ONNX Runtime: inputs and outputs bound once to numpy memory, on the CPU or a provider of its."""
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import EngineError, EngineMissingError, ModelError
+from ..machine import machine_name
 from ..manifest import Dim, TensorSpec
 from ..placement import Placement
 from . import Binding, Loaded, Options, Shapes, numpy_dtype, refuse_external_data
+from .accelerators import ACCELERATORS, Accelerator
+from .chatter import hearing
 
-__all__ = ["load"]
+__all__ = ["load", "qnn_devices"]
 
 _DTYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bool": "bool",
@@ -23,7 +27,7 @@ _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"  # ORT 1.23 and l
 
 
 def load(files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load ONNX bytes on the CPU provider."""
+    """Load ONNX bytes on the CPU provider, or on the accelerator's with the CPU's behind it."""
     import onnxruntime as ort
 
     if len(files) != 1:
@@ -35,16 +39,80 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
     settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     (model,) = files.values()
     refuse_external_data(model)
-    session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    wanted = ACCELERATORS["onnxruntime"].get(options.accelerator)
+    if wanted is None:
+        session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    else:
+        session = _accelerated(model, settings, wanted)
     session._model_bytes = None  # it would keep them for `set_providers`
-    return _Loaded(session)
+    return _Loaded(session, wanted)
+
+
+def _accelerated(model: bytes, settings: Any, wanted: Accelerator) -> Any:
+    """A session on the accelerator's provider.
+
+    Raises:
+        EngineMissingError: this installation does not have the provider.
+        EngineError: it has, but the session came up without it.
+    """
+    import onnxruntime as ort
+
+    if wanted.provider == "QNNExecutionProvider":
+        devices, told = qnn_devices()
+        settings.add_provider_for_devices(devices, told)
+        with hearing([]):
+            session = ort.InferenceSession(model, settings)
+    else:
+        if wanted.provider not in ort.get_available_providers():
+            found = ", ".join(ort.get_available_providers())
+            raise EngineMissingError(f"this onnxruntime has no {wanted.provider}; it has {found}")
+        listed = [(wanted.provider, dict(wanted.options)), "CPUExecutionProvider"]
+        session = ort.InferenceSession(model, settings, providers=listed)
+    if wanted.provider not in session.get_providers():  # which is all it does when one fails
+        found = ", ".join(session.get_providers())
+        raise EngineError(f"onnxruntime was asked for {wanted.provider} and came up with {found}")
+    return session
+
+
+_LOCK = threading.Lock()
+
+
+def qnn_devices() -> Tuple[List[Any], Dict[str, str]]:
+    """Qualcomm's provider comes as a plug-in: its devices, and what it is to be told.
+
+    Raises:
+        EngineMissingError: onnxruntime-qnn is not installed, or older than 2.0.
+        EngineError: it is, but has no device here.
+    """
+    import onnxruntime as ort
+
+    try:
+        import onnxruntime_qnn as qnn
+
+        library, backend = qnn.get_library_path(), qnn.get_qnn_htp_path()
+    except (ImportError, AttributeError):
+        raise EngineMissingError(
+            "onnxruntime has no QNNExecutionProvider; pip install 'onnxruntime-qnn>=2.0'"
+        ) from None
+    name = "QNNExecutionProvider"
+
+    def found() -> List[Any]:
+        return [one for one in ort.get_ep_devices() if one.ep_name == name]
+
+    with _LOCK:  # a library can be registered once
+        if not found():
+            ort.register_execution_provider_library(name, library)
+        devices = found()
+    if not devices:
+        raise EngineError("onnxruntime-qnn is installed, but finds no device here")
+    return devices, {"backend_path": backend, "htp_performance_mode": "burst"}
 
 
 class _Loaded(Loaded):
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, accelerator: Optional[Accelerator]) -> None:
         import onnxruntime as ort
 
-        self._session = session
+        self._session, self._accelerator = session, accelerator
         self.version = ort.__version__
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
@@ -53,25 +121,35 @@ class _Loaded(Loaded):
         return _Binding(self._session, self.inputs, self.outputs, shapes)
 
     def placement(self, *, operators: bool = True) -> Placement:
-        counts = _assigned(self._session)
-        total = sum(counts.values())
-        shares = {"CPU": 1.0} if not total else {}
-        for provider, count in counts.items():
-            device = "CPU" if provider == "CPUExecutionProvider" else "NPU"
-            shares[device] = shares.get(device, 0.0) + count / total
+        wanted = self._accelerator
+        nodes = [(self._device(provider), *one) for provider, one in _assigned(self._session)]
+        counts: Dict[str, int] = {}
+        for provider, _ in _assigned(self._session):
+            counts[provider] = counts.get(provider, 0) + 1
+        devices = [device for device, _, _ in nodes] or ["unknown" if wanted else "CPU"]
+        shares = {one: devices.count(one) / len(devices) for one in dict.fromkeys(devices)}
         delegates = list(counts) or list(self._session.get_providers())
-        return Placement(shares, "+".join(delegates), "float32", dict(counts))
+        emulated = wanted is not None and wanted.provider.startswith("QNN")
+        emulated = emulated and machine_name() == "x86_64"
+        return Placement(
+            shares, "+".join(delegates), "float32", dict(counts), tuple(nodes) if wanted else (),
+            simulated="Qualcomm's HTP emulator" if emulated else "",
+        )  # fmt: skip
+
+    def _device(self, provider: str) -> str:
+        wanted = self._accelerator
+        return wanted.device if wanted is not None and wanted.provider == provider else "CPU"
 
 
-def _assigned(session: Any) -> Dict[str, int]:
-    """Nodes per execution provider as the session recorded them; empty on older versions."""
+def _assigned(session: Any) -> List[Tuple[str, Tuple[str, str]]]:
+    """The provider of each node, with its type and name, as the session recorded them; empty on
+    older versions."""
     reader = getattr(session, "get_provider_graph_assignment_info", None)
-    counts: Dict[str, int] = {}
     if reader is None:
-        return counts
-    for subgraph in reader():
-        counts[subgraph.ep_name] = counts.get(subgraph.ep_name, 0) + len(subgraph.get_nodes())
-    return counts
+        return []
+    return [
+        (part.ep_name, (node.op_type, node.name)) for part in reader() for node in part.get_nodes()
+    ]
 
 
 class _Binding(Binding):

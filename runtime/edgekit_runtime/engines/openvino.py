@@ -7,10 +7,11 @@ from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import EngineMissingError, ModelError
 from ..manifest import Dim, TensorSpec
 from ..placement import Placement
 from . import PRECISIONS, Binding, Loaded, Options, Shapes, refuse_external_data
+from .accelerators import ACCELERATORS
 
 __all__ = ["load"]
 
@@ -23,10 +24,14 @@ _DTYPES = {
 
 
 def load(files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load an IR (`.xml` and `.bin`) or ONNX for the CPU, computing floats as
-    `options.precision` says."""
+    """Load an IR (`.xml` and `.bin`) or ONNX for the CPU, or Intel's GPU or NPU, computing floats
+    as `options.precision` says."""
     import openvino as ov
 
+    wanted = ACCELERATORS["openvino"].get(options.accelerator)
+    devices = ov.Core().available_devices if wanted is not None else []
+    if wanted is not None and not any(one.startswith(wanted.provider) for one in devices):
+        raise EngineMissingError(f"OpenVINO finds no {wanted.provider} here: {', '.join(devices)}")
     if len(files) == 1 and next(iter(files)).endswith(".onnx"):
         (onnx,) = files.values()
         refuse_external_data(onnx)
@@ -47,13 +52,16 @@ class _Loaded(Loaded):
         import openvino as ov
 
         self._core, self._model = core, model
-        self._config = {
-            "INFERENCE_NUM_THREADS": options.threads * options.streams,
-            "NUM_STREAMS": options.streams,
+        wanted = ACCELERATORS["openvino"].get(options.accelerator)
+        self._device = wanted.provider if wanted is not None else "CPU"
+        self._config: Dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
             # Without this a CPU with AVX512-BF16 computes float models in bfloat16.
             "INFERENCE_PRECISION_HINT": PRECISIONS[options.precision],
         }
+        if wanted is None:
+            self._config["INFERENCE_NUM_THREADS"] = options.threads * options.streams
+            self._config["NUM_STREAMS"] = options.streams
         self.version = str(ov.get_version()).split("-", maxsplit=1)[0]
         self.inputs = tuple(_spec(port) for port in model.inputs)
         self.outputs = tuple(_spec(port) for port in model.outputs)
@@ -70,7 +78,7 @@ class _Loaded(Loaded):
         compiled once with free shapes."""
         if self._static is None:
             model = self._shaped(shapes)
-            self._static = (shapes, self._core.compile_model(model, "CPU", self._config))
+            self._static = (shapes, self._core.compile_model(model, self._device, self._config))
         if self._static[0] == shapes:
             return self._static[1]
         # Compiled with free shapes, the CPU plugin gives nonsense for shapes the model cannot
@@ -79,7 +87,7 @@ class _Loaded(Loaded):
             self._shaped(shapes)
             self._sound.add(shapes)
         if self._dynamic is None:
-            self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
+            self._dynamic = self._core.compile_model(self._model, self._device, self._config)
         return self._dynamic
 
     def _shaped(self, shapes: Shapes) -> Any:
@@ -95,7 +103,7 @@ class _Loaded(Loaded):
                 ones = tuple(spec.with_batch(1) for spec in self.inputs)
                 self._compiled(self.usual_shapes or ones)
             except Exception:  # 1 is too small for some free dimension
-                self._dynamic = self._core.compile_model(self._model, "CPU", self._config)
+                self._dynamic = self._core.compile_model(self._model, self._device, self._config)
         compiled = self._static[1] if self._static is not None else self._dynamic
         assert compiled is not None  # noqa: S101  (for the type checker)
         devices = list(compiled.get_property("EXECUTION_DEVICES"))
