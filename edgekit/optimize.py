@@ -225,6 +225,9 @@ class Run:
             return sandbox.Limits(timeout_s=min(900.0, left), cancel=self.cancel)
 
         def look(row: Row) -> None:
+            misplaced = judge_placement(self.job, self.request, row, limits(), lambda *_: None)
+            if misplaced:
+                row.end("dropped", misplaced)
             self._quick_look([rows[0], row])
             self._save_best(rows)
 

@@ -193,10 +193,12 @@ def _show(document: dict[str, Any]) -> None:
     table.add_column("", no_wrap=True, min_width=7)
     for row in rows:
         ratio = f"{row['latency_ratio'][0]:.2f}" if row["latency_ratio"] else "-"
+        emulated = (row["latency_ns"] or {}).get("label") != document["label"]
+        time = "simulated" if row["latency_ns"] and emulated else times(row["latency_ns"])
         figure = "-" if row["metric"] is None else f"{row['metric']:.4f}"
         colour = {"chosen": "bold green", "kept": "", "dropped": "red"}.get(row["status"], "dim")
         table.add_row(
-            row["id"], figure, *(() if firmware else (times(row["latency_ns"]), ratio)),
+            row["id"], figure, *(() if firmware else (time, ratio)),
             size(row["size_bytes"]),
             "reference" if row["reference_only"] and row["status"] == "kept" else row["status"],
             style=colour,
@@ -213,6 +215,11 @@ def _show(document: dict[str, Any]) -> None:
     if document["chosen"] is None:
         return
     stdout.print(f"\n[bold]chosen: {document['chosen']}[/bold]  {document['why']}", soft_wrap=True)
+    if document.get("second"):
+        stdout.print(
+            f"second in the bundle: {document['second']}, for where the accelerator is not to be "
+            "had", soft_wrap=True,
+        )  # fmt: skip
     told = f"{document['bundle']}  {size(document['bundle_bytes'])}"
     stdout.print(f"bundle  {told}\nreport  {document['report']}", soft_wrap=True)
     if document["incomplete"]:

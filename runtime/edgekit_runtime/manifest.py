@@ -142,7 +142,8 @@ class Variant:
     device (`{"NPU": 1.0}`), of the multiply-accumulates where `macs` has those of each operator,
     else of the operators; `on_misplacement` is what to do when the engine does otherwise: `refuse`,
     `warn`, or `next` (take the next variant). `machines` are those it runs on (`x86_64`, `aarch64`,
-    `armv7l`; none: all), `memory_bytes` the peak of a process that runs it. `expected` holds what was measured when the bundle was made, with its conditions.
+    `armv7l`; none: all), `memory_bytes` the peak of a process that runs it. `expected` holds what
+    was measured when the bundle was made, with its conditions.
     """
 
     id: str
@@ -319,6 +320,11 @@ def _check_variant(variant: Variant, manifest: Manifest, known: Set[str]) -> Non
     ):
         if len(set(names)) != len(specs) or len(names) != len(specs):
             raise BundleError(f"{what} names other inputs or outputs than the model: {list(names)}")
+    name = variant.id
+    if not name or name.startswith(".") or "/" in name or "\\" in name:  # it becomes a folder's
+        raise BundleError(f"the variant's id {name[:60]!r} is no name for a folder")
+    if any(not 0 <= count < 2**63 for count in variant.macs.values()):
+        raise BundleError(f"{what} has macs out of range")
     if variant.threads < 1:
         raise BundleError(f"{what} wants {variant.threads} threads")
     if variant.on_misplacement not in ("refuse", "warn", "next"):

@@ -230,9 +230,12 @@ static void read_variant(const struct json *value, struct variant *variant) {
     static const char *const known[] = {
         "id", "engine", "format", "files", "scheme", "threads", "precision", "input_names",
         "output_names", "placement", "golden", "expected?", "on_misplacement?", "machines?",
-        "memory_bytes?", NULL};
+        "memory_bytes?", "macs?", NULL};
     fields(value, "variant", known);
     variant->id = as_text(json_get(value, "id"), "variant.id");
+    // it becomes a folder's name
+    if (!*variant->id || *variant->id == '.' || strpbrk(variant->id, "/\\"))
+        fail(UNUSABLE, "the variant's id '%s' is no name for a folder", variant->id);
     variant->engine = as_text(json_get(value, "engine"), "variant.engine");
     variant->format = as_text(json_get(value, "format"), "variant.format");
     variant->scheme = as_text(json_get(value, "scheme"), "variant.scheme");
@@ -257,6 +260,13 @@ static void read_variant(const struct json *value, struct variant *variant) {
     variant->machines = one ? as_names(one, "variant.machines") : (struct names){0, NULL};
     one = optional(value, "memory_bytes");
     variant->memory_bytes = one ? as_integer(one, "variant.memory_bytes") : -1;
+    one = json_get(value, "macs"); // for accelerators, which are not of this runner
+    if (one) {
+        check_keys(as_object(one, "variant.macs"), "variant.macs");
+        for (size_t i = 0; i < one->length; i++)
+            if (as_integer(&one->items[i], "variant.macs") < 0)
+                fail(UNUSABLE, "variant '%s' has negative macs", variant->id);
+    }
 }
 
 static void check_listed(const struct manifest *manifest, const char *path, const char *id) {

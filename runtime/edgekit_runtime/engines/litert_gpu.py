@@ -44,7 +44,9 @@ def load(files: Mapping[str, bytes], options: Options) -> Loaded:
         try:
             compiled = CompiledModel.from_buffer(model, options=settings)
         except RuntimeError as error:
-            raise EngineMissingError(f"LiteRT reaches no GPU here: {one_line(error)}") from None
+            raise EngineMissingError(
+                "LiteRT reaches no GPU here: a driver for Vulkan, Metal or Direct3D is needed"
+            ) from error
     found = _ADAPTER.search("\n".join(said))
     # without enforce_f32 it takes float16 where the driver can, and does not say whether
     precision = "float32" if options.precision == "float32" else "float16 or float32"
