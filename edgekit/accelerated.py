@@ -91,13 +91,14 @@ def not_on_it(request: Request, rows: Sequence[Row]) -> str:
 
 def _simulated(job: Job, rows: Sequence[Row]) -> list[Row]:
     """The candidates on accelerators whose times here mean nothing, best first: an NPU before a
-    GPU, then what keeps its contract, then the smaller."""
+    GPU, then what keeps its contract, then the smaller, then what computes in float16."""
     kinds = {name: one.kind for name, one in job.profile.accelerators.items()}
 
-    def place(row: Row) -> tuple[int, float, int]:
+    def place(row: Row) -> tuple[int, float, int, bool]:
         assert row.artifact is not None and row.placed is not None  # noqa: S101
         share = row.placed.shares.get(accelerator_of(row.candidate.engine).device, 0.0)
-        return _ORDER.index(kinds[row.candidate.accelerator]), -share, row.artifact.size_bytes
+        kind = _ORDER.index(kinds[row.candidate.accelerator])
+        return kind, -share, row.artifact.size_bytes, row.placed.precision != "float16"
 
     able = [
         row for row in rows
