@@ -131,7 +131,7 @@ def test_factories_and_paths_with_colons(name, tmp_path) -> None:
         ("m.foo", SCRIPT, r"rename it to m\.pt"),
         ("m.caffemodel", b"x", "a later version"),
         ("m.prototxt", b"x", "a later version"),
-        ("m.mlmodel", b"x", "CoreML"),
+        ("m.mlmodel", b"x", "Core ML"),
         ("m.engine", b"x", "TensorRT"),
         ("m.gguf", b"GGUF", "GGUF"),
         ("m.safetensors", b"x", "module.py:factory --weights"),
