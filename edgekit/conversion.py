@@ -173,7 +173,9 @@ def convert_with_proof(
                 observer.phase("check that it computes the same")
                 found = _proof(chain, steps, given, limits, seed)
             else:
-                found = _unverified(chain, steps, given, limits, seed, observer)
+                if len(steps) > 1:
+                    observer.phase("check the hops before the last")
+                found = _unverified(chain, steps, given, limits, seed)
         except EdgeKitError as error:
             if isinstance(error, UsageError) and not isinstance(error, ModelError):
                 raise  # another way would meet it, too
@@ -262,7 +264,6 @@ def _unverified(
     given: Given | None,
     limits: sandbox.Limits | None,
     seed: int,
-    observer: Observer,
 ) -> Conversion:
     """The hops before the last compared, the result not."""
     result = chain[-1][0]
@@ -270,7 +271,6 @@ def _unverified(
     why = f"{last} was not compared: {NOT_RUN[result.format]}"
     found = Conversion(result, steps, (), "nothing was run", not_compared=why)
     if len(chain) > 2:
-        observer.phase("check the hops before the last")
         before = _proof(chain[:-1], steps[:-1], given, limits, seed)
         found = replace(found, ledger=before.ledger, inputs=before.inputs)
     return _with_ledger(found, chain[0][0])
@@ -505,7 +505,8 @@ def write_model(
     if not written:  # what is there may be an older result, which keeps its own
         note = path.with_name(f"{path.name}.rejected.json")
     document = {
-        "schema": "edgekit.provenance/1", "files": [str(one.relative_to(path.parent)) for one in written],
+        "schema": "edgekit.provenance/1",
+        "files": [str(one.relative_to(path.parent)) for one in written],
         "sha256": file_sha256(*written) if written else made.sha256, "steps": list(made.provenance),
         **(more or {}),
     }  # fmt: skip

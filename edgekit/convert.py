@@ -22,8 +22,8 @@ from edgekit.errors import EdgeKitError, ModelError, UsageError, pip_install
 from edgekit.reading import Reading
 
 __all__ = [
-    "CLEAN_UP", "EDGES", "NOT_RUN", "SUFFIX", "TARGETS", "Edge", "Step", "along", "convert", "install_line",
-    "missing_extra", "path_between", "paths_for", "run_edge", "tool_versions",
+    "CLEAN_UP", "EDGES", "NOT_RUN", "SUFFIX", "TARGETS", "Edge", "Step", "along", "convert",
+    "install_line", "missing_extra", "path_between", "paths_for", "run_edge", "tool_versions",
 ]  # fmt: skip
 
 #: what can be asked for

@@ -21,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgeKitError, ModelError, UsageError, require
-from edgekit_converters.exported_program import Program, as_array, example, flat_module, open_program
+from edgekit_converters.exported_program import (
+    Program,
+    as_array,
+    example,
+    flat_module,
+    open_program,
+)
 from edgekit_converters.mlpackage import Accounted, Package, accounted, read_package
 from edgekit_converters.tf_graph import EXTRA as TENSORFLOW
 from edgekit_converters.tf_graph import Frozen, freeze
@@ -78,8 +84,8 @@ def run(
         ModelError: Core ML models run on Apple's systems only.
     """
     raise ModelError(
-        f"{Path(source[0]).name} is a Core ML model, which runs on Apple's systems only; compare it "
-        "there (coremltools: MLModel.predict), or use what it was made from"
+        f"{Path(source[0]).name} is a Core ML model, which runs on Apple's systems only; compare "
+        "it there (coremltools: MLModel.predict), or use what it was made from"
     )
 
 
@@ -96,10 +102,13 @@ def pt2_to_coreml(source: list[str], target: str, options: dict[str, Any]) -> di
     check_straight(program, "Core ML")
     names = _Names(program.inputs, program.outputs)
 
+    _check_passed_on(program)
+
     def exported() -> Any:
         return _convert(ct, program.exported.run_decompositions({}), outputs=names.ends(ct))
 
     def traced() -> Any:
+        _mend_int()
         return _convert(
             ct, _trace(program), inputs=names.starts(ct), outputs=names.ends(ct),
             source="pytorch",
@@ -109,7 +118,7 @@ def pt2_to_coreml(source: list[str], target: str, options: dict[str, Any]) -> di
         made = _first_that_works((exported, traced))
     arrays = {**program.exported.state_dict, **program.exported.constants}
     weights = {name: as_array(one) for name, one in arrays.items() if hasattr(one, "detach")}
-    return _finish(ct, made, target, names, weights, [*notes, *names.notes], "torch")
+    return _finish(ct, made, target, names, weights, notes=notes, framework="torch")
 
 
 def torchscript_to_coreml(
@@ -122,15 +131,16 @@ def torchscript_to_coreml(
     _check_sizes(script.inputs)
     if script.constants:
         raise ModelError(
-            f"it takes {', '.join(script.constants)}, which is no tensor: Core ML has no such inputs"
+            f"it takes {', '.join(script.constants)}, which is no tensor: Core ML has no such input"
         )
     names = _Names(script.inputs, script.outputs)
     with quiet():
+        _mend_int()
         made = _first_that_works(
             [lambda: _convert(ct, script.module, inputs=names.starts(ct), outputs=names.ends(ct))]
         )
     weights = {name: as_array(one) for name, one in script.module.state_dict().items()}
-    return _finish(ct, made, target, names, weights, [*script.notes, *names.notes], "torch")
+    return _finish(ct, made, target, names, weights, notes=list(script.notes), framework="torch")
 
 
 def savedmodel_to_coreml(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +163,7 @@ def savedmodel_to_coreml(source: list[str], target: str, options: dict[str, Any]
         for node in frozen.graph.node
         if node.op == "Const"
     }
-    facts = _finish(ct, made, target, names, weights, [*notes, *names.notes], "tensorflow-cpu")
+    facts = _finish(ct, made, target, names, weights, notes=notes, framework="tensorflow-cpu")
     whole = frozen.facts()
     return {**whole, **facts, "notes": [*whole["notes"], *facts["notes"]]}
 
@@ -233,6 +243,16 @@ def _spec(port: Any) -> TensorSpec:
     return TensorSpec(port.name, port.dtype, port.shape if port.shape is not None else ())
 
 
+def _check_passed_on(program: Program) -> None:
+    signature = program.exported.graph_signature
+    for slot, spec in zip(program.slots, program.inputs, strict=True):
+        if signature.user_inputs[slot] in signature.user_outputs:
+            raise ModelError(
+                f"its input {spec.name!r} is an output, too, unchanged, which Core ML has not: "
+                "leave that output out"
+            )
+
+
 def _renamed(tf: Any, frozen: Frozen, names: _Names) -> Any:
     """The graph from placeholders to identities that bear the names of the interface."""
     with tf.Graph().as_default() as graph:
@@ -255,6 +275,24 @@ def _renamed(tf: Any, frozen: Frozen, names: _Names) -> Any:
 def _coremltools() -> Any:
     with quiet():  # it tells of every library that is newer than it
         return require("coremltools", extra="coreml")
+
+
+def _mend_int() -> None:
+    """Let coremltools 9.0 convert `aten::Int` beside NumPy 2.4, which makes no number of an array
+    of one: github.com/apple/coremltools/pull/2632, in no release yet."""
+    from coremltools.converters.mil import Builder, register_torch_op
+    from coremltools.converters.mil.frontend.torch import ops
+
+    theirs = ops._int
+
+    def _int(context: Any, node: Any) -> None:
+        value = context[node.inputs[0]].val
+        if value is None or np.ndim(value) == 0:
+            theirs(context, node)
+        else:
+            context.add(Builder.const(val=int(np.asarray(value).item()), name=node.name))
+
+    register_torch_op(_int, torch_alias=["int"], override=True)
 
 
 def _convert(ct: Any, model: Any, **more: Any) -> Any:
@@ -285,7 +323,8 @@ def _trace(program: Program) -> Any:
     import torch
 
     feeds = tuple(example(spec) for spec in program.inputs)
-    return torch.jit.trace(flat_module(program), feeds, check_trace=False)
+    trace: Any = torch.jit.trace
+    return trace(flat_module(program), feeds, check_trace=False)
 
 
 def _finish(
@@ -294,6 +333,7 @@ def _finish(
     target: str,
     names: _Names,
     weights: Mapping[str, NDArray[Any]],
+    *,
     notes: list[str],
     framework: str,
 ) -> dict[str, Any]:
@@ -310,7 +350,7 @@ def _finish(
             _check_interface(found, names)
             where = accounted(weights, found)
     return {
-        "notes": [*notes, _NOTE, _said(where)],
+        "notes": [*notes, *names.notes, _NOTE, _said(where)],
         "checks": {
             "inputs": [str(one) for one in found.inputs],
             "outputs": [str(one) for one in found.outputs],
@@ -365,6 +405,8 @@ def _shown(specs: Sequence[TensorSpec]) -> str:
 
 
 def _said(where: Accounted) -> str:
+    if not any((where.same, where.moved, where.scaled, where.elsewhere)):
+        return "the model has no weights"
     parts = [
         f"{len(names)} {what}"
         for names, what in (

@@ -125,8 +125,10 @@ def accounted(weights: Mapping[str, NDArray[Any]], package: Package) -> Accounte
             found["elsewhere"].append(name)
     total = sum(array.size for array in asked.values())
     lost = sum(asked[name].size for name in found["elsewhere"])
+    share = 1 - lost / total if total else 1.0
     return Accounted(
-        *map(tuple, found.values()), share=1 - lost / total if total else 1.0
+        tuple(found["same"]), tuple(found["moved"]), tuple(found["scaled"]),
+        tuple(found["elsewhere"]), share,
     )  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def _main_file(folder: Path) -> Path:
     """The specification that the manifest names."""
     manifest = json.loads((folder / "Manifest.json").read_text())
     inside = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-    path = (folder / "Data" / inside).resolve()
+    path: Path = (folder / "Data" / inside).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"the manifest leads out of it: {inside}")
     return path

@@ -30,7 +30,16 @@ from edgekit_converters.pickles import explain_pickle
 from edgekit_runtime.arrays import write_npz
 from edgekit_runtime.manifest import TensorSpec
 
-__all__ = ["Script", "describe", "explain_pickle", "open_script", "run", "tensors", "to_ncnn", "to_onnx"]
+__all__ = [
+    "Script",
+    "describe",
+    "explain_pickle",
+    "open_script",
+    "run",
+    "tensors",
+    "to_ncnn",
+    "to_onnx",
+]
 
 
 @dataclass(frozen=True)
