@@ -137,7 +137,8 @@ class Found:
     """A model on disk: its format and its files, the main one first.
 
     `folder` is a SavedModel's or an ML package's, `function` the name after the colon of
-    `module.py:factory`. An ONNX model may refer to more files (external data); only a reader of ONNX can tell.
+    `module.py:factory`. An ONNX model may refer to more files (external data); only a reader of
+    ONNX can tell.
     """
 
     format: str
