@@ -254,14 +254,22 @@ def _check_passed_on(program: Program) -> None:
 
 
 def _renamed(tf: Any, frozen: Frozen, names: _Names) -> Any:
-    """The graph from placeholders to identities that bear the names of the interface."""
+    """The graph from placeholders to identities that bear the names of the interface.
+
+    Without control inputs: a frozen graph keeps no state, so they lead to assertions only, at
+    which coremltools' folding of constants gives up.
+    """
+    bare = tf.compat.v1.GraphDef()
+    bare.CopyFrom(frozen.graph)
+    for node in bare.node:
+        node.input[:] = [name for name in node.input if not name.startswith("^")]
     with tf.Graph().as_default() as graph:
         given = {
             port.tensor: tf.compat.v1.placeholder(port.dtype, spec.shape, name=spec.name)
             for port, spec in zip(frozen.inputs, names.inputs, strict=True)
         }
         ends = tf.graph_util.import_graph_def(
-            frozen.graph, input_map=given, name="edgekit_source",
+            bare, input_map=given, name="edgekit_source",
             return_elements=[port.tensor for port in frozen.outputs],
         )  # fmt: skip
         for end, spec in zip(ends, names.outputs, strict=True):
