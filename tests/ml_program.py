@@ -57,7 +57,9 @@ def run_program(folder: Path, inputs: dict[str, Array]) -> dict[str, Array]:
             values[name] = text[0] if known is None else torch.from_numpy(np.array(known))
             continue
         given = {key: [values[b.name] for b in one.arguments] for key, one in op.inputs.items()}
-        values[name] = _OPERATORS[op.type](**{key: one[0] for key, one in given.items()})
+        values[name] = _OPERATORS[op.type](
+            **{key: one if key == "values" else one[0] for key, one in given.items()}
+        )
         shape = [dim.constant.size for dim in op.outputs[0].type.tensorType.dimensions]
         assert list(values[name].shape) == shape, (op.type, name, values[name].shape, shape)
     return {one.name: values[one.name].numpy() for one in found.outputs}
@@ -68,7 +70,7 @@ def _padded(x: Any, pad_type: str, pad: Any, kernel: Any, strides: Any, fill: fl
     if pad_type == "valid":
         return x
     around = []
-    for axis in reversed(range(2)):
+    for axis in reversed(range(x.ndim - 2)):
         if pad_type == "custom":
             around += [int(pad[2 * axis]), int(pad[2 * axis + 1])]
             continue
@@ -81,7 +83,8 @@ def _padded(x: Any, pad_type: str, pad: Any, kernel: Any, strides: Any, fill: fl
 def _conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):  # type: ignore[no-untyped-def]
     kernel = [(k - 1) * int(d) + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
     x = _padded(x, pad_type, pad, kernel, strides, 0.0)
-    return F.conv2d(
+    conv = F.conv1d if x.ndim == 3 else F.conv2d
+    return conv(
         x, weight, bias, stride=strides.tolist(), dilation=dilations.tolist(), groups=int(groups)
     )
 
@@ -92,9 +95,46 @@ def _max_pool(x, kernel_sizes, strides, pad_type, pad, ceil_mode):  # type: igno
 
 
 def _pad(x, pad, mode, constant_val):  # type: ignore[no-untyped-def]
-    assert mode == "constant"
-    pairs = pad.reshape(-1, 2).tolist()
-    return F.pad(x, [n for pair in reversed(pairs) for n in pair], value=float(constant_val))
+    pairs = [n for pair in reversed(pad.reshape(-1, 2).tolist()) for n in pair]
+    if mode == "constant":
+        return F.pad(x, pairs, value=float(constant_val))
+    while not any(pairs[-2:]):  # PyTorch reflects the last axes only
+        pairs = pairs[:-2]
+    return F.pad(x, pairs, mode=mode)
+
+
+def _slice_by_index(  # type: ignore[no-untyped-def]
+    x, begin, end, stride=None, begin_mask=None, end_mask=None, squeeze_mask=None
+):
+    none = torch.zeros(x.ndim, dtype=torch.bool)
+    masks = [none if one is None else one for one in (begin_mask, end_mask, squeeze_mask)]
+    steps = [1] * x.ndim if stride is None else stride.tolist()
+    where = []
+    for axis, (first, last, step) in enumerate(
+        zip(begin.tolist(), end.tolist(), steps, strict=True)
+    ):
+        open_first, open_last, squeezed = (bool(mask[axis]) for mask in masks)
+        where.append(
+            int(first)
+            if squeezed
+            else slice(None if open_first else first, None if open_last else last, step)
+        )
+    return x[tuple(where)]
+
+
+def _expand_dims(x, axes):  # type: ignore[no-untyped-def]
+    for axis in axes.tolist():
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _batch_norm(x, mean, variance, gamma, beta, epsilon):  # type: ignore[no-untyped-def]
+    return F.batch_norm(x, mean, variance, gamma, beta, eps=float(epsilon))
+
+
+def _concat(values, axis, interleave):  # type: ignore[no-untyped-def]
+    assert not interleave
+    return torch.cat(values, int(axis))
 
 
 def _matmul(x, y, transpose_x, transpose_y):  # type: ignore[no-untyped-def]
@@ -112,6 +152,14 @@ _OPERATORS = {
     "transpose": lambda x, perm: x.permute(perm.tolist()),
     "softmax": lambda x, axis: F.softmax(x, int(axis)),
     "identity": lambda x: x,
+    "slice_by_index": _slice_by_index, "expand_dims": _expand_dims, "batch_norm": _batch_norm,
+    "concat": _concat, "stack": lambda values, axis: torch.stack(values, int(axis)),
+    "sub": lambda x, y: x - y, "real_div": lambda x, y: x / y, "pow": lambda x, y: x**y,
+    "sqrt": lambda x: x.sqrt(), "sigmoid": lambda x: x.sigmoid(), "tanh": lambda x: x.tanh(),
+    "log": lambda x, epsilon: (x + epsilon).log(),
+    "reduce_sum": lambda x, axes, keep_dims: x.sum(axes.tolist(), bool(keep_dims)),
+    "reduce_min": lambda x, axes, keep_dims: x.amin(axes.tolist(), bool(keep_dims)),
+    "reduce_max": lambda x, axes, keep_dims: x.amax(axes.tolist(), bool(keep_dims)),
 }  # fmt: skip
 
 
