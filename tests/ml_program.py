@@ -94,6 +94,17 @@ def _max_pool(x, kernel_sizes, strides, pad_type, pad, ceil_mode):  # type: igno
     return F.max_pool2d(x, kernel_sizes.tolist(), strides.tolist(), ceil_mode=bool(ceil_mode))
 
 
+def _avg_pool(  # type: ignore[no-untyped-def]
+    x, kernel_sizes, strides, pad_type, pad, exclude_padding_from_average, ceil_mode
+):
+    def total(one):  # type: ignore[no-untyped-def]
+        one = _padded(one, pad_type, pad, kernel_sizes, strides, 0.0)
+        kernel, step = kernel_sizes.tolist(), strides.tolist()
+        return F.avg_pool2d(one, kernel, step, ceil_mode=bool(ceil_mode))
+
+    return total(x) / total(torch.ones_like(x)) if exclude_padding_from_average else total(x)
+
+
 def _pad(x, pad, mode, constant_val):  # type: ignore[no-untyped-def]
     pairs = [n for pair in reversed(pad.reshape(-1, 2).tolist()) for n in pair]
     if mode == "constant":
@@ -142,7 +153,7 @@ def _matmul(x, y, transpose_x, transpose_y):  # type: ignore[no-untyped-def]
 
 
 _OPERATORS = {
-    "conv": _conv, "max_pool": _max_pool, "pad": _pad, "matmul": _matmul,
+    "conv": _conv, "max_pool": _max_pool, "avg_pool": _avg_pool, "pad": _pad, "matmul": _matmul,
     "relu": lambda x: F.relu(x), "relu6": lambda x: F.relu6(x),
     "clip": lambda x, alpha, beta: x.clamp(float(alpha), float(beta)),
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias),
