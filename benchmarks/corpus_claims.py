@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from corpus import MODELS, SILABS_REFUSED, Ready, Sentences, by_name, imagenet
+from corpus import MODELS, SILABS_REFUSED, TARGETS, Ready, Sentences, by_name, imagenet
 from corpus_cell import Cell, convert_cell, words
 from numpy.typing import NDArray
 from store import mnist
 
 from edgekit.artifact import Artifact, open_model
 from edgekit.cache import Cache
-from edgekit.convert import TARGETS
 from edgekit.execute import run_samples
 
 __all__ = ["CLAIMS", "Claim", "Desk"]

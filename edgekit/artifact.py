@@ -33,6 +33,7 @@ FORMAT_NAMES = {
     "onnx": "ONNX", "openvino": "OpenVINO IR", "tflite": "TFLite", "ncnn": "ncnn",
     "keras": "Keras", "savedmodel": "SavedModel", "torch": "PyTorch",
     "torch-export": "PyTorch export", "torchscript": "TorchScript", "sklearn": "scikit-learn",
+    "coreml": "Core ML",
 }  # fmt: skip
 
 #: formats that no engine of the runtime loads, and the converter module that reads and runs them
@@ -43,6 +44,7 @@ SOURCES = {
     "torch-export": "edgekit_converters.torch:{}",
     "torchscript": "edgekit_converters.torchscript:{}",
     "sklearn": "edgekit_converters.sklearn:{}",
+    "coreml": "edgekit_converters.coreml:{}",
 }
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edgekit import sandbox
 from edgekit.artifact import FORMAT_NAMES, Artifact, TensorSpec
 from edgekit.cache import Cache, file_sha256, write_atomically
-from edgekit.convert import SUFFIX, Step, along, paths_for
+from edgekit.convert import NOT_RUN, SUFFIX, Step, along, paths_for
 from edgekit.data import Dataset
 from edgekit.errors import EdgeKitError, InputError, MissingToolError, ModelError, UsageError
 from edgekit.execute import Sample
@@ -53,6 +53,8 @@ _TOO_SENSITIVE = 1e-5
 _ON_AN_EDGE = 1e-3
 #: what is written beside a model's main file
 _BESIDE = {"openvino": (".bin",), "ncnn": (".bin", ".json")}
+#: formats that are a folder
+_FOLDERS = ("coreml",)
 #: processes that run a model side by side
 _AT_ONCE = 2
 
@@ -89,7 +91,8 @@ class Attempt:
 @dataclass(frozen=True)
 class Conversion:
     """The result, the way that was taken, and the ledger: a line for each hop, then one from end to
-    end where there were several. `inputs` says what went through."""
+    end where there were several. `inputs` says what went through. `not_compared` says why the
+    result itself is in none of the lines, if it is not."""
 
     artifact: Artifact
     steps: tuple[Step, ...]
@@ -97,16 +100,37 @@ class Conversion:
     inputs: str
     attempts: tuple[Attempt, ...] = ()
     notes: tuple[str, ...] = ()
+    not_compared: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the result computes the same at every hop."""
-        return all(line.passed for line in self.ledger)
+        """Whether the result was compared and computes the same at every hop."""
+        return not self.not_compared and not self.wrong
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something that was compared differs."""
+        return not all(line.passed for line in self.ledger)
+
+    @property
+    def label(self) -> str:
+        """`same`, `differs`, or `unverified`: nobody has compared the result."""
+        if self.wrong:
+            return "differs"
+        return "unverified" if self.not_compared else "same"
+
+    @property
+    def checks(self) -> dict[str, Any]:
+        """What its converter found by reading the result, where that cannot be run."""
+        return next((one["checks"] for one in self.artifact.provenance if "checks" in one), {})
 
     def ledger_json(self) -> dict[str, Any]:
         """The ledger for provenance and `--json`."""
+        unknown = {"not_compared": self.not_compared} if self.not_compared else {}
         return {
-            "passed": self.passed,
+            "passed": None if self.label == "unverified" else self.passed,
+            "label": self.label,
+            **unknown,
             "inputs": self.inputs,
             "lines": [line.to_json() for line in self.ledger],
             "attempts": [
@@ -130,7 +154,8 @@ def convert_with_proof(
     is `given`, or on seeded noise.
 
     If no way gives a model that computes the same, the first that gave one is returned, with
-    `passed` false.
+    `wrong` true. A result that nothing here can run is not compared, only the hops before it:
+    `not_compared` says so, and `passed` is false.
 
     Raises:
         UsageError: an option cannot be obeyed, or the model cannot be run on made-up inputs.
@@ -144,8 +169,13 @@ def convert_with_proof(
     for steps in ways:
         try:
             chain = _chain(artifact, steps, cache, limits, observer)
-            observer.phase("check that it computes the same")
-            found = _proof(chain, steps, given, limits, seed)
+            if target not in NOT_RUN:
+                observer.phase("check that it computes the same")
+                found = _proof(chain, steps, given, limits, seed)
+            else:
+                if len(steps) > 1:
+                    observer.phase("check the hops before the last")
+                found = _unverified(chain, steps, given, limits, seed)
         except EdgeKitError as error:
             if isinstance(error, UsageError) and not isinstance(error, ModelError):
                 raise  # another way would meet it, too
@@ -153,7 +183,7 @@ def convert_with_proof(
             attempts.append(Attempt(steps, str(error)))
             observer.note(f"{_path(steps)} does not work: {error}")
             continue
-        if found.passed:
+        if not found.wrong:
             return replace(found, attempts=tuple(attempts))
         wrong = wrong or found
         reason = next(line.reason() for line in found.ledger if not line.passed)
@@ -225,7 +255,30 @@ def _proof(
         rounded = any(line.tolerance.quantized for line in hops)
         tolerance = Tolerance(added, "the sum over the hops", quantized=rounded)
         ledger.append(compare(trial, here, tolerance))
-    found = Conversion(result, steps, tuple(ledger), inputs)
+    return _with_ledger(Conversion(result, steps, tuple(ledger), inputs), source)
+
+
+def _unverified(
+    chain: Chain,
+    steps: tuple[Step, ...],
+    given: Given | None,
+    limits: sandbox.Limits | None,
+    seed: int,
+) -> Conversion:
+    """The hops before the last compared, the result not."""
+    result = chain[-1][0]
+    last = steps[-1]
+    why = f"{last} was not compared: {NOT_RUN[result.format]}"
+    found = Conversion(result, steps, (), "nothing was run", not_compared=why)
+    if len(chain) > 2:
+        before = _proof(chain[:-1], steps[:-1], given, limits, seed)
+        found = replace(found, ledger=before.ledger, inputs=before.inputs)
+    return _with_ledger(found, chain[0][0])
+
+
+def _with_ledger(found: Conversion, source: Artifact) -> Conversion:
+    """The conversion with the ledger in its result's provenance."""
+    result = found.artifact
     proof = {"step": "parity", "of": source.sha256, **found.ledger_json()}
     return replace(found, artifact=replace(result, provenance=(*result.provenance, proof)))
 
@@ -385,8 +438,13 @@ def made_by_edgekit(path: Path) -> bool:
     """Whether what is there was written by a conversion, and not changed since."""
     try:
         noted = json.loads(provenance_file(path).read_text())
-        files = [path.with_name(Path(name).name) for name in noted["files"]]
-        return path in files and bool(file_sha256(*files) == noted["sha256"])
+        if path.is_dir():
+            files = [path / Path(name).relative_to(path.name) for name in noted["files"]]
+            whole = {*files} == {one for one in path.rglob("*") if one.is_file()}
+        else:
+            files = [path.with_name(Path(name).name) for name in noted["files"]]
+            whole = path in files
+        return whole and bool(file_sha256(*files) == noted["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -404,7 +462,12 @@ def check_target(path: Path, target: str) -> None:
         raise UsageError(f"no folder {path.parent} to write {path.name} into")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path.parent} may not be written into")
-    if path.is_dir():
+    if target in _FOLDERS:
+        if path.exists() and not made_by_edgekit(path):
+            raise UsageError(
+                f"{path} is there already, and EdgeKit did not make it: choose another name with -o"
+            )
+    elif path.is_dir():
         raise UsageError(f"-o {path} is a folder; wanted a file name")
     for other in (path.with_suffix(one) for one in _BESIDE.get(target, ())):
         if other.exists() and not made_by_edgekit(path):
@@ -415,13 +478,14 @@ def check_target(path: Path, target: str) -> None:
 
 
 def write_result(conversion: Conversion, path: Path, *, keep: bool = False) -> list[Path]:
-    """Write the model (if it computes the same, or `keep`) and, beside it, its provenance with the
-    ledger; returns the files written. The model's main file comes last: if it is there, all is.
+    """Write the model (unless it was found to compute something else, or with `keep`) and, beside
+    it, its provenance with the ledger; returns what was written. The model's main file comes
+    last: if it is there, all is.
 
     Raises:
         UsageError: the suffix is not the format's, or the folder is not there.
     """
-    return write_model(conversion.artifact, path, rejected=not (conversion.passed or keep))
+    return write_model(conversion.artifact, path, rejected=conversion.wrong and not keep)
 
 
 def write_model(
@@ -434,17 +498,36 @@ def write_model(
         UsageError: the suffix is not the format's, or the folder is not there.
     """
     check_target(path, made.format)
-    written = [] if rejected else _place(made, path)
+    folder = made.format in _FOLDERS
+    place = _place_folder if folder else _place
+    written = [] if rejected else place(made, path)
     note = provenance_file(path)
     if not written:  # what is there may be an older result, which keeps its own
         note = path.with_name(f"{path.name}.rejected.json")
     document = {
-        "schema": "edgekit.provenance/1", "files": [one.name for one in written],
+        "schema": "edgekit.provenance/1",
+        "files": [str(one.relative_to(path.parent)) for one in written],
         "sha256": file_sha256(*written) if written else made.sha256, "steps": list(made.provenance),
         **(more or {}),
     }  # fmt: skip
     write_atomically(note, json.dumps(document, indent=1).encode())
-    return [*written, note]
+    return [path, note] if folder and written else [*written, note]
+
+
+def _place_folder(made: Artifact, path: Path) -> list[Path]:
+    """Its folder at `path`, written whole under another name first; an older one goes last."""
+    inside = [file.relative_to(made.location) for file in made.files]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
+        copy = Path(work) / "new"
+        for source, name in zip(made.files, inside, strict=True):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy / name)
+            with (copy / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        if path.exists():
+            path.rename(Path(work) / "old")
+        copy.rename(path)
+    return [path / name for name in inside]
 
 
 def _place(made: Artifact, path: Path) -> list[Path]:

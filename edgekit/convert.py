@@ -22,15 +22,17 @@ from edgekit.errors import EdgeKitError, ModelError, UsageError, pip_install
 from edgekit.reading import Reading
 
 __all__ = [
-    "CLEAN_UP", "EDGES", "SUFFIX", "TARGETS", "Edge", "Step", "along", "convert", "install_line",
-    "missing_extra", "path_between", "paths_for", "run_edge", "tool_versions",
+    "CLEAN_UP", "EDGES", "NOT_RUN", "SUFFIX", "TARGETS", "Edge", "Step", "along", "convert",
+    "install_line", "missing_extra", "path_between", "paths_for", "run_edge", "tool_versions",
 ]  # fmt: skip
 
 #: what can be asked for
-TARGETS = ("onnx", "tflite", "openvino", "ncnn")
+TARGETS = ("onnx", "tflite", "openvino", "ncnn", "coreml")
+#: what nothing here runs, and why: such a result is not compared
+NOT_RUN = {"coreml": "Core ML runs on Apple's systems only"}
 SUFFIX = {
     "onnx": ".onnx", "openvino": ".xml", "tflite": ".tflite", "ncnn": ".param", "savedmodel": "",
-    "torch-export": ".pt2",
+    "torch-export": ".pt2", "coreml": ".mlpackage",
 }  # fmt: skip
 
 _FACTS = "facts.json"
@@ -96,6 +98,11 @@ EDGES = (
         ("openvino", *_TF), "tensorflow", ("openvino", "tensorflow-cpu"), _takes("inputs layout"),
     ),
     Edge(
+        "savedmodel", "coreml", "edgekit_converters.coreml:savedmodel_to_coreml",
+        ("coremltools", *_TF), "coreml", ("coremltools", "tensorflow-cpu"),
+        _takes("inputs layout"),
+    ),
+    Edge(
         "torch", "torch-export", "edgekit_converters.torch:factory_to_pt2", ("torch",), "torch",
         ("torch",), _takes("inputs"),
     ),
@@ -120,6 +127,14 @@ EDGES = (
     Edge(
         "torchscript", "ncnn", "edgekit_converters.torchscript:to_ncnn", ("torch", "pnnx"), "torch",
         ("pnnx", "torch"), _takes("inputs"),
+    ),
+    Edge(
+        "torch-export", "coreml", "edgekit_converters.coreml:pt2_to_coreml",
+        ("coremltools", "torch"), "coreml", ("coremltools", "torch"), _takes("inputs"),
+    ),
+    Edge(
+        "torchscript", "coreml", "edgekit_converters.coreml:torchscript_to_coreml",
+        ("coremltools", "torch"), "coreml", ("coremltools", "torch"), _takes("inputs"),
     ),
     Edge(
         "sklearn", "onnx", "edgekit_converters.sklearn:to_onnx", ("skl2onnx",), "sklearn",
@@ -246,8 +261,10 @@ def _no_way(source: str, target: str) -> str:
     text = f"no way from {FORMAT_NAMES[source]} to {FORMAT_NAMES[target]}"
     if source == target:
         return f"it is {FORMAT_NAMES[source]} already"
-    if source in ("openvino", "ncnn"):
+    if source in ("openvino", "ncnn", "coreml"):
         return f"{text}: nothing reads {FORMAT_NAMES[source]} back; convert what it was made from"
+    if target == "coreml":
+        return f"{text}: convert the PyTorch, Keras or TensorFlow model it was made from"
     return text
 
 

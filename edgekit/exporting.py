@@ -53,7 +53,8 @@ def export(
 
     Everything after saving the object happens as in `edgekit convert`: in child processes, with
     the ledger beside the result. `to` is the file to write; its suffix (`.onnx`, `.tflite`, `.xml`,
-    `.param`) says the format. `example_inputs` (an array or tensor, a tuple of them, or a dict by
+    `.param`, `.mlpackage`) says the format; a Core ML model is not run, so what it computes is not
+    compared, and that is said. `example_inputs` (an array or tensor, a tuple of them, or a dict by
     input name; the first axis is the batch) are needed for PyTorch; they go through every hop, and
     what the live model makes of them is what the others must make. `inputs` are as `--inputs`:
     `["x=Nx3x224x224:float32"]`.
@@ -94,7 +95,9 @@ def export(
         given = _given(model, module, example_inputs, artifact.inputs, artifact.outputs)
         found = convert_with_proof(artifact, target, cache=cache, given=given, observer=_Stderr())
         write_result(found, path)
-    if not found.passed:
+    if found.not_compared:
+        _Stderr().note(f"unverified: {found.not_compared}")
+    if found.wrong:
         line = next(line for line in found.ledger if not line.passed)
         raise LimitError(
             f"the {target} model does not compute the same, so it was not written: "

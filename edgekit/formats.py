@@ -80,6 +80,8 @@ _MAGIC = {
     "lfs": rb"version https://git-lfs",
     "html": rb"(?i)\s*(<!doctype html|<html)",
 }
+#: the suffix of Core ML's folders
+_PACKAGE = ".mlpackage"
 #: content a suffix promises, where its readers tell it by that
 _PROMISED = {
     "keras": ("keras zip", "hdf5"), "torch-export": ("pt2 zip",),
@@ -90,9 +92,9 @@ _PROMISED = {
 _NOT_READ = {
     ".caffemodel": "a Caffe model, which a later version will read: convert it to ONNX",
     ".prototxt": "a Caffe model, which a later version will read: convert it to ONNX",
-    ".mlmodel": "a CoreML model: convert what it was made from",
-    ".mlpackage": "a CoreML model: convert what it was made from",
-    ".mlmodelc": "a compiled CoreML model: convert what it was made from",
+    ".mlmodel": "a Core ML model: convert what it was made from",
+    ".mlpackage": "a Core ML package without its Manifest.json: copy it again, whole",
+    ".mlmodelc": "a compiled Core ML model: convert what it was made from",
     ".engine": "a TensorRT engine, built for one GPU: convert what it was built from",
     ".plan": "a TensorRT engine, built for one GPU: convert what it was built from",
     ".trt": "a TensorRT engine, built for one GPU: convert what it was built from",
@@ -134,8 +136,9 @@ _NOT_READ = {
 class Found:
     """A model on disk: its format and its files, the main one first.
 
-    `folder` is a SavedModel's, `function` the name after the colon of `module.py:factory`.
-    An ONNX model may refer to more files (external data); only a reader of ONNX can tell.
+    `folder` is a SavedModel's or an ML package's, `function` the name after the colon of
+    `module.py:factory`. An ONNX model may refer to more files (external data); only a reader of
+    ONNX can tell.
     """
 
     format: str
@@ -157,7 +160,7 @@ def detect(path_or_spec: str) -> Found:
     """The format and files of what a user brings as MODEL: a path, or `module.py:factory`.
 
     Formats: onnx, tflite, openvino, ncnn, keras, savedmodel, torch-export, torchscript, torch,
-    sklearn.
+    sklearn, coreml (which is only described).
 
     Raises:
         ModelError: it is missing, empty, cannot be read, damaged, or of a format that is not read.
@@ -208,12 +211,23 @@ def _folder(path: Path) -> Found:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     main = next((path / n for n in ("saved_model.pb", "saved_model.pbtxt") if n in names), None)
+    if path.suffix.lower() == _PACKAGE and "Manifest.json" in names:
+        return _package(path)
     if main is not None:
         if main.stat().st_size == 0:
             raise ModelError(f"{main} is empty")
         rest = sorted(p for p in path.rglob("*") if p.is_file() and p != main)
         return Found("savedmodel", (main, *rest), folder=path)
     raise ModelError(f"{path} is a folder without saved_model.pb, so no SavedModel; {_hint(path)}")
+
+
+def _package(path: Path) -> Found:
+    """An ML package; its specification is the main file."""
+    files = sorted(one for one in path.rglob("*") if one.is_file())
+    main = next((one for one in files if one.suffix == ".mlmodel"), None)
+    if main is None:
+        raise ModelError(f"{path} is damaged: an .mlpackage without an .mlmodel in it")
+    return Found("coreml", (main, *(one for one in files if one != main)), folder=path)
 
 
 def _hint(path: Path) -> str:

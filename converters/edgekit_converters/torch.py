@@ -41,12 +41,16 @@ from edgekit_converters.torch_source import counts, export_model, live_model, lo
 from edgekit_runtime.arrays import write_npz
 
 __all__ = [
+    "batch_of_one",
+    "blame",
+    "check_straight",
     "describe",
     "describe_factory",
     "factory_to_pt2",
     "pt2_to_ncnn",
     "pt2_to_onnx",
     "pt2_to_tflite",
+    "quiet",
     "run",
     "run_factory",
     "save_live",
@@ -139,7 +143,7 @@ def _on_cpu(examples: Any) -> Any:
 
 
 def _save(live: Any, target: str) -> dict[str, Any]:
-    with single_thread(), _quiet():
+    with single_thread(), quiet():
         program = export_model(live)
         save_program(program, target)
     return {"notes": list(program.notes), **_versions("torch")}
@@ -250,7 +254,7 @@ def pt2_to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict
     require("onnxscript", extra="torch")
     program = open_program(Path(source[0]), options)
     opset = options.get("opset")
-    with single_thread(), _quiet():
+    with single_thread(), quiet():
         try:
             made = torch.onnx.export(
                 program.exported,
@@ -261,7 +265,7 @@ def pt2_to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict
                 verbose=False,
             )
         except Exception as error:
-            raise ModelError(f"torch.onnx cannot convert the model: {_blame(error)}") from error
+            raise ModelError(f"torch.onnx cannot convert the model: {blame(error)}") from error
         found = int(made.model.opset_imports[""])
         if opset and found != opset:
             raise ModelError(
@@ -277,13 +281,13 @@ def pt2_to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict
 def pt2_to_tflite(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
     """TFLite by litert-torch, one signature `serving_default` with the names of the `.pt2`."""
     require("torch", extra="torch")
-    program, notes = _batch_of_one(open_program(Path(source[0]), options), options, source)
-    _check_straight(program, "TFLite by litert-torch")
+    program, notes = batch_of_one(open_program(Path(source[0]), options), options, source)
+    check_straight(program, "TFLite by litert-torch")
     wide = [s for s in (*program.inputs, *program.outputs) if s.dtype in ("int64", "float64")]
     if wide:
         # by default it makes them 32 bits wide, which would be another interface
         notes.append(f"{', '.join(s.name for s in wide)}: kept 64 bits wide")
-    with single_thread(), _quiet():
+    with single_thread(), quiet():
         litert = require("litert_torch", extra="torch")
         feeds = {spec.name: example(spec) for spec in program.inputs}
         try:
@@ -292,18 +296,18 @@ def pt2_to_tflite(source: list[str], target: str, options: dict[str, Any]) -> di
             )
             made.export(target)
         except Exception as error:
-            raise ModelError(f"litert-torch cannot convert the model: {_blame(error)}") from error
+            raise ModelError(f"litert-torch cannot convert the model: {blame(error)}") from error
     return {"notes": notes, **_versions("torch", "litert-torch", "litert-converter")}
 
 
 def pt2_to_ncnn(source: list[str], target: str, options: dict[str, Any]) -> dict[str, Any]:
     """ncnn by pnnx, from a trace of the program: it has no control flow that a trace could lose."""
     torch = require("torch", extra="torch")
-    program, notes = _batch_of_one(open_program(Path(source[0]), options), options, source)
+    program, notes = batch_of_one(open_program(Path(source[0]), options), options, source)
     pnnx.check_types(program.inputs)
-    _check_straight(program, "ncnn")
+    check_straight(program, "ncnn")
     feeds = tuple(example(spec) for spec in program.inputs)
-    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder, single_thread(), _quiet():
+    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder, single_thread(), quiet():
         path = Path(folder) / "model.pt"
         try:
             traced = torch.jit.trace(flat_module(program), feeds, check_trace=False)
@@ -374,7 +378,7 @@ def _name_dims(shape: Any, dims: dict[str, str]) -> None:
             shape[axis] = onnx_ir.SymbolicDim(named)
 
 
-def _batch_of_one(
+def batch_of_one(
     program: Program, options: dict[str, Any], source: list[str]
 ) -> tuple[Program, list[str]]:
     """The program with every size fixed: a free first axis is 1, others need --inputs."""
@@ -395,7 +399,7 @@ def _batch_of_one(
     return program, notes
 
 
-def _check_straight(program: Program, target: str) -> None:
+def check_straight(program: Program, target: str) -> None:
     """Refuse torch.cond and its like, which only ONNX has."""
     import torch
 
@@ -461,7 +465,7 @@ def _tensor_names(program: Program) -> dict[str, str]:
     return names
 
 
-def _blame(error: BaseException) -> str:
+def blame(error: BaseException) -> str:
     """The last reason in a chain of errors, which names the operator."""
     reason = error
     while reason.__cause__ is not None:
@@ -477,7 +481,7 @@ def _versions(*distributions: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings of frameworks in the user's own process."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

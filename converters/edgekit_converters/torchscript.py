@@ -30,11 +30,20 @@ from edgekit_converters.pickles import explain_pickle
 from edgekit_runtime.arrays import write_npz
 from edgekit_runtime.manifest import TensorSpec
 
-__all__ = ["describe", "explain_pickle", "run", "tensors", "to_ncnn", "to_onnx"]
+__all__ = [
+    "Script",
+    "describe",
+    "explain_pickle",
+    "open_script",
+    "run",
+    "tensors",
+    "to_ncnn",
+    "to_onnx",
+]
 
 
 @dataclass(frozen=True)
-class _Script:
+class Script:
     """A module and its interface; `constants` fill the arguments that are no tensors."""
 
     module: Any
@@ -60,7 +69,7 @@ def describe(source: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    script = _open(source, options)
+    script = open_script(source, options)
     leaves = [m for m in script.module.modules() if not list(m.children())]
     facts = {
         "framework": f"TorchScript, read by PyTorch {torch.__version__}",
@@ -79,7 +88,7 @@ def run(
     taps: list[str] | None = None,
 ) -> None:
     """Run the module on the samples; it has no taps."""
-    script = _open(source, options)
+    script = open_script(source, options)
     results = {}
     with _calm(source[0]):
         for index, sample in samples(inputs, [spec.name for spec in script.inputs]):
@@ -98,7 +107,7 @@ def to_onnx(source: list[str], target: str, options: dict[str, Any]) -> dict[str
     """ONNX by PyTorch's older exporter, which takes scripts."""
     import torch
 
-    script = _open(source, options)
+    script = open_script(source, options)
     free = {
         spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for spec in (*script.inputs, *script.outputs)
@@ -137,7 +146,7 @@ def to_ncnn(source: list[str], target: str, options: dict[str, Any]) -> dict[str
     """ncnn by pnnx, which reads TorchScript itself."""
     import torch
 
-    script = _open(source, options)
+    script = open_script(source, options)
     notes = list(script.notes)
     for spec in script.inputs:
         if any(isinstance(dim, str) for dim in spec.shape):
@@ -174,14 +183,20 @@ def _set_shape(value: Any, spec: TensorSpec) -> None:
             made.dim_param = dim
 
 
-def _arguments(script: _Script) -> Iterator[tuple[str, Any]]:
+def _arguments(script: Script) -> Iterator[tuple[str, Any]]:
     specs = {spec.name: spec for spec in script.inputs}
     for argument in script.module.forward.schema.arguments[1:]:
         if argument.name in specs or argument.name in script.constants:
             yield argument.name, specs.get(argument.name)
 
 
-def _open(source: list[str], options: dict[str, Any]) -> _Script:
+def open_script(source: list[str], options: dict[str, Any]) -> Script:
+    """Load it, and the interface that --inputs gives it.
+
+    Raises:
+        UsageError: without `trust_source`; shapes are not given; the options do not fit.
+        ModelError: it is no TorchScript, keeps state, or fails on inputs of these shapes.
+    """
     path = Path(source[0])
     for name in ("weights", "layout"):
         if options.get(name):
@@ -285,12 +300,12 @@ def _taken(
     return inputs, constants, notes
 
 
-def _interface(module: Any, wanted: dict[str, Any], where: str) -> _Script:
+def _interface(module: Any, wanted: dict[str, Any], where: str) -> Script:
     import torch
     from torch.utils import _pytree as pytree
 
     inputs, constants, notes = _taken(module, wanted, where)
-    script = _Script(module, tuple(inputs), (), constants, tuple(notes))
+    script = Script(module, tuple(inputs), (), constants, tuple(notes))
     symbols = sorted({d for spec in inputs for d in spec.shape if isinstance(d, str)})
     # Sizes that differ from one another and from usual ones, to find them again in the outputs;
     # small ones for a batch.

@@ -37,7 +37,7 @@ def convert(
     model: str,
     /,
     *,
-    to: Literal["onnx", "tflite", "openvino", "ncnn"],
+    to: Literal["onnx", "tflite", "openvino", "ncnn", "coreml"],
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     source: SourceOptions | None = None,
     set_: Annotated[
@@ -64,7 +64,8 @@ def convert(
         .onnx, .tflite, .xml, .keras, .h5, a SavedModel folder, .pt2, .pt/.jit (TorchScript),
         module.py:factory, .joblib/.skops/.pkl (scikit-learn).
     to
-        The format wanted. ONNX to ONNX cleans the model up.
+        The format wanted. ONNX to ONNX cleans the model up. A Core ML model (.mlpackage) is not
+        run here: its result is labelled unverified.
     out
         The file to write; the model's name with the format's suffix otherwise.
     source
@@ -125,9 +126,14 @@ def convert(
     else:
         titles = [*map(str, found.steps), "end to end"][: len(found.ledger)]
         show_ledger(found.ledger, titles, found.inputs)
+        if found.not_compared:
+            stdout.print(
+                f"UNVERIFIED: {found.not_compared}", style="bold red", markup=False,
+                soft_wrap=True,
+            )  # fmt: skip
         for path in written:
-            stdout.print(f"{path}  {size(path.stat().st_size)}", markup=False, soft_wrap=True)
-    if not found.passed:
+            stdout.print(f"{path}  {size(_bytes_of(path))}", markup=False, soft_wrap=True)
+    if found.wrong:
         line = next(line for line in found.ledger if not line.passed)
         kept = "" if keep else ", so it was not written (--keep writes it all the same)"
         raise AnsweredError(f"the result does not compute the same{kept}: {line.reason()}", 1)
@@ -157,13 +163,20 @@ def _explain(model: str, to: str, reading: Any, *, json: bool) -> None:
         stdout.print("the first that gives a model with the same outputs is taken")
 
 
+def _bytes_of(path: Path) -> int:
+    inside = path.rglob("*") if path.is_dir() else [path]
+    return sum(one.stat().st_size for one in inside if one.is_file())
+
+
 def _document(model: str, found: Conversion, written: list[Path]) -> dict[str, Any]:
     return {
         "schema": "edgekit.convert/1",
         "model": model,
         "format": found.artifact.format,
+        "label": found.label,
         "files": [str(path) for path in written],
         "path": [str(step) for step in found.steps],
         "ledger": found.ledger_json(),
+        **({"checks": found.checks} if found.checks else {}),
         "provenance": list(found.artifact.provenance),
     }

@@ -26,6 +26,9 @@ def names(ways) -> list[str]:
         ("onnx", "onnx", "onnx onnx"),
         ("onnx", "ncnn", "onnx onnx ncnn"),
         ("sklearn", "onnx", "sklearn onnx onnx"),
+        ("keras", "coreml", "keras savedmodel coreml"),
+        ("torch", "coreml", "torch torch-export coreml"),
+        ("torchscript", "coreml", "torchscript coreml"),
     ],
 )
 def test_native_edges_win_over_detours(source, target, first) -> None:
@@ -55,6 +58,8 @@ def test_every_source_reaches_onnx() -> None:
         ("openvino", "onnx", "nothing reads OpenVINO IR back"),
         ("ncnn", "tflite", "nothing reads ncnn back"),
         ("tflite", "tflite", "it is TFLite already"),
+        ("coreml", "onnx", "nothing reads Core ML back"),
+        ("onnx", "coreml", "convert the PyTorch, Keras or TensorFlow model it was made from"),
     ],
 )
 def test_no_way_is_said(source, target, words) -> None:

@@ -97,6 +97,20 @@ def test_a_saved_model_is_a_folder_with_all_its_files(main, tmp_path) -> None:
     assert found.source == [str(folder)]
 
 
+def test_an_ml_package_is_a_folder_with_its_specification_first(tmp_path) -> None:
+    folder = tmp_path / "m.mlpackage"
+    inside = ("Data/com.apple.CoreML/model.mlmodel", "Data/weights/weight.bin", "Manifest.json")
+    files = [put(folder / name, b"x") for name in inside]
+    found = detect(str(folder))
+    assert (found.format, found.files, found.folder) == ("coreml", tuple(files), folder)
+    files[0].unlink()
+    with pytest.raises(ModelError, match="without an .mlmodel in it"):
+        detect(str(folder))
+    files[2].unlink()
+    with pytest.raises(ModelError, match=r"without its Manifest\.json"):
+        detect(str(folder))
+
+
 @pytest.mark.parametrize("name", ["m.py", "a:b/m.py", r"C:\models\m.py", "x.py:y/m.py"])
 def test_factories_and_paths_with_colons(name, tmp_path) -> None:
     path = put(tmp_path / name, b"def build(): ...")
@@ -131,7 +145,7 @@ def test_factories_and_paths_with_colons(name, tmp_path) -> None:
         ("m.foo", SCRIPT, r"rename it to m\.pt"),
         ("m.caffemodel", b"x", "a later version"),
         ("m.prototxt", b"x", "a later version"),
-        ("m.mlmodel", b"x", "CoreML"),
+        ("m.mlmodel", b"x", "Core ML"),
         ("m.engine", b"x", "TensorRT"),
         ("m.gguf", b"GGUF", "GGUF"),
         ("m.safetensors", b"x", "module.py:factory --weights"),

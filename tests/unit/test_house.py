@@ -20,7 +20,7 @@ MODULES = sorted(
 )
 HEAVY = (
     "onnx", "onnxruntime", "openvino", "nncf", "tensorflow", "keras", "torch", "ai_edge_litert",
-    "litert_quantizer", "onnx2tf", "plotly", "sklearn", "PIL",
+    "litert_quantizer", "onnx2tf", "plotly", "sklearn", "PIL", "coremltools",
 )  # fmt: skip
 
 
