@@ -20,8 +20,8 @@ from edgekit_runtime.engines.accelerators import ACCELERATORS, accelerator_of
 from edgekit_runtime.placement import Placement, by_macs
 
 __all__ = [
-    "DISTRIBUTIONS", "compile_context", "compiled_for", "engines_of", "macs_of", "placed",
-    "write_context",
+    "DISTRIBUTIONS", "compile_context", "compiled_for", "engines_of", "macs_of", "origins_of",
+    "placed", "write_context",
 ]  # fmt: skip
 
 #: what must be installed beside the engine itself
@@ -111,6 +111,15 @@ def macs_of(artifact: Artifact) -> dict[str, int]:
         return {}
     counts = {one.name: one.macs for one in graph.operators if one.macs != 0}
     return {} if None in counts.values() else {name: count or 0 for name, count in counts.items()}
+
+
+def origins_of(source: Artifact) -> dict[str, str]:
+    """The modules of the network that operators were exported from, by operator, where the model
+    says; in a bundle's other forms they keep their names."""
+    if source.format != "onnx":
+        return {}
+    operators = read_graph(source.path, shapes=with_batch_one(source.inputs)).operators
+    return {one.name: one.origin for one in operators if one.origin}
 
 
 def placed(

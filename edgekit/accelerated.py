@@ -4,17 +4,17 @@ among what is for accelerators that only an emulator stands in for here."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgekit.accelerate import placed
+from edgekit.accelerate import origins_of, placed
+from edgekit.artifact import Artifact
 from edgekit.builder import Progress
 from edgekit.errors import UsageError
 from edgekit.outcome import Row
 from edgekit.preparation import Job, Request
 from edgekit.sandbox import Limits
 from edgekit_runtime.engines.accelerators import accelerator_of
-from edgekit_runtime.errors import LimitError
-from edgekit_runtime.placement import enforce
+from edgekit_runtime.placement import Placement, shortfall
 
 __all__ = ["Order", "contract_of", "judge_placement", "not_on_it", "why_simulated"]
 
@@ -45,14 +45,22 @@ def judge_placement(
     row.placed = placed(
         row.artifact, candidate.engine, row.macs, precision=candidate.precision, limits=limits
     )
-    try:
-        enforce(contract, row.placed, variant=candidate.id)
-    except LimitError as error:
-        if not request.allow_fallback:
-            (device,) = contract
-            whole = str(error).replace("refused: nothing falls back in silence", "")
-            return f"{whole}--allow-fallback takes it as it is, {device} and CPU together"
+    why = shortfall(contract, _in_source_terms(row.placed, job.source))
+    if why and not request.allow_fallback:
+        return f"{why}; --allow-fallback takes it as it is, the rest on the CPU"
     return None
+
+
+def _in_source_terms(found: Placement, source: Artifact) -> Placement:
+    """The nodes beside the modules of the network that they are of, where that is known."""
+    if len(found.shares) == 1:
+        return found
+    origins = origins_of(source)
+    nodes = tuple(
+        (device, kind, f"{name} (in {origins[name]})" if name in origins else name)
+        for device, kind, name in found.nodes
+    )
+    return replace(found, nodes=nodes)
 
 
 @dataclass(frozen=True)

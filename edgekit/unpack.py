@@ -15,6 +15,7 @@ from edgekit.errors import BundleError, UsageError
 from edgekit.firmware.export import c_sources
 from edgekit.firmware.ports import Port, Ports
 from edgekit_runtime.bundle import Bundle
+from edgekit_runtime.engines.accelerators import split_engine
 from edgekit_runtime.manifest import InputSteps, Manifest, TensorSpec, Variant
 
 __all__ = ["unpack"]
@@ -156,7 +157,8 @@ def _variant(variant: Variant, folder: str, manifest: Manifest) -> str:
         *_rows("output", manifest.outputs, variant.output_names),
     ]  # fmt: skip
     code = {
-        "onnxruntime": _onnxruntime, "litert": _litert, "tflm": _tflm, "ethos-u": _tflm,
+        "onnxruntime": _onnxruntime, "onnxruntime:qnn": _onnxruntime, "litert": _litert,
+        "litert:gpu": _litert, "tflm": _tflm, "ethos-u": _tflm,
     }.get(variant.engine)  # fmt: skip
     shown = code(file, variant, manifest) if code else _other(variant)
     head = f"## `{folder}/{file}` ({variant.scheme}, {variant.threads} thread(s))"
@@ -174,11 +176,12 @@ def _litert(file: str, variant: Variant, manifest: Manifest) -> str:
     kinds = [
         _NUMBERS.get(spec.dtype, "Float") for spec in (manifest.inputs[0], manifest.outputs[0])
     ]
+    where = split_engine(variant.engine)[1].upper() or "CPU"
     return (
         'LiteRT for Android, `implementation("com.google.ai.edge.litert:litert:2.1.0")` or '
         "newer:\n\n```kotlin\n"
         f'val model = CompiledModel.create(context.assets, "{file}",\n'
-        "    CompiledModel.Options(Accelerator.CPU))\n"
+        f"    CompiledModel.Options(Accelerator.{where}))\n"
         "val inputs = model.createInputBuffers()\nval outputs = model.createOutputBuffers()\n"
         f"inputs[0].write{kinds[0]}(values)  // all of `{variant.input_names[0]}`, row-major\n"
         f"model.run(inputs, outputs)\nval answer = outputs[0].read{kinds[1]}()\n```"
@@ -188,11 +191,17 @@ def _litert(file: str, variant: Variant, manifest: Manifest) -> str:
 def _onnxruntime(file: str, variant: Variant, manifest: Manifest) -> str:
     shape = ", ".join(map(str, manifest.inputs[0].usual_shape()))
     kind = _NUMBERS.get(manifest.inputs[0].dtype, "Float")
+    package, settings = "onnxruntime-android", ""
+    if variant.engine == "onnxruntime:qnn":
+        package += "-qnn"
+        settings = 'options.addQnn(mapOf("backend_path" to "libQnnHtp.so"))\n'
+        if not variant.expected.get("placement", {}).get("left", True):
+            settings += 'options.addConfigEntry("session.disable_cpu_ep_fallback", "1")\n'
     return (
-        'ONNX Runtime for Android, `implementation("com.microsoft.onnxruntime:onnxruntime-android:'
+        f'ONNX Runtime for Android, `implementation("com.microsoft.onnxruntime:{package}:'
         '<version>")`:\n\n```kotlin\nval environment = OrtEnvironment.getEnvironment()\n'
         "val options = OrtSession.SessionOptions()\n"
-        f"options.setIntraOpNumThreads({variant.threads})\n"
+        f"options.setIntraOpNumThreads({variant.threads})\n{settings}"
         f'val bytes = context.assets.open("{file}").readBytes()\n'
         "val session = environment.createSession(bytes, options)\n"
         f"val input = OnnxTensor.createTensor(environment, {kind}Buffer.wrap(values),\n"

@@ -76,7 +76,8 @@ class Operator:
     operators that do none, and for those computed once from constants. In a loop's body it is the
     count over all iterations. `canonical` is the name of the ONNX operator that does the same.
     `scope` is the path of control-flow operators around it, "If_0:then_branch" say, "" outermost.
-    `index` is its place in the file (of its own subgraph).
+    `index` is its place in the file (of its own subgraph). `origin` is the module it was exported
+    from (`encoder.layers.0`), where the file says: PyTorch's exporter does.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Operator:
     canonical: str | None
     scope: str = ""
     index: int = 0
+    origin: str = ""
 
     @property
     def path(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -227,8 +228,11 @@ class _Reader:
         self._quantized(kind, inputs, outputs)
         same = canonical_name(kind, "onnx")
         self._operators.append(
-            Operator(name, kind, version, custom, inputs, outputs, macs, same, scope, index)
-        )
+            Operator(
+                name, kind, version, custom, inputs, outputs, macs, same, scope, index,
+                _origin(node),
+            )
+        )  # fmt: skip
 
     def _shape(self, name: str) -> tuple[int | str, ...] | None:
         if not name:
@@ -296,6 +300,15 @@ class _Reader:
             name = f"{name}#{index}"
         self._names.add((scope, name))
         return name
+
+
+def _origin(node: Any) -> str:
+    """The module that PyTorch's exporter says the node is of, which ends with the node itself."""
+    said = {one.key: one.value for one in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
+    with suppress(ValueError, SyntaxError, TypeError):
+        scopes = ast.literal_eval(said or "[]")
+        return str(scopes[-2]) if len(scopes) > 1 else ""
+    return ""
 
 
 def _attributes(node: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .engines import ENGINES
 from .errors import one_line
 from .golden import check
 from .machine import peak_rss_bytes
+from .manifest import Variant
 from .serve import plain, serve
 from .timing import sample, summary
 from .worker import cold_start, main_loop, raw_input, read_samples, synthetic_inputs
@@ -236,6 +237,21 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _print_contract(variant: Variant) -> None:
+    """What is promised of an accelerator, and what happens where that is not kept."""
+    else_ = {
+        "warn": "else it warns", "next": "else the next variant is taken",
+        "refuse": "else it is refused",
+    }[variant.on_misplacement]  # fmt: skip
+    of = "multiply-accumulates" if variant.macs else "operators"
+    for device, share in variant.placement.items():
+        if device != "CPU":
+            print(f"  promise  {100 * share:.4g} % of its {of} on {device}, {else_}")
+    found = variant.expected.get("placement")
+    for one in found.get("left") or () if isinstance(found, dict) else ():
+        print(f"  on CPU   {' '.join(map(str, one[1:]))}, where the bundle was made")
+
+
 def _info(args: argparse.Namespace) -> int:
     if is_bundle(args.model):
         with Bundle(args.model) as bundle:
@@ -259,6 +275,7 @@ def _info(args: argparse.Namespace) -> int:
                 f"variant  {variant.id}: {variant.engine}, {variant.scheme}, threads "
                 f"{variant.threads}, {size:.2f} MB"
             )
+            _print_contract(variant)
         return 0
     with load(args.model, **_options(args)) as session:
         if args.json:

@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Tuple
 
 from .errors import LimitError
 
-__all__ = ["Placement", "by_macs", "enforce"]
+__all__ = ["Placement", "by_macs", "enforce", "shortfall"]
 
 #: what multiplies and accumulates, in the names of the engines that tell their operators one by one
 _MULTIPLIES = re.compile(
@@ -75,24 +75,32 @@ def by_macs(found: Placement, macs: Mapping[str, int]) -> Placement:
     return replace(found, shares={d: n / total for d, n in counts.items()}, of="MACs")
 
 
+def shortfall(contract: Mapping[str, float], found: Placement) -> str:
+    """How what the engine did falls short of the shares that a contract wants, naming operators
+    that are elsewhere; empty if it does not."""
+    for device, wanted in contract.items():
+        share = found.shares.get(device, 0.0)
+        if share + 1e-6 >= wanted:
+            continue
+        what = "multiply-accumulates" if found.of == "MACs" else "operators"
+        left = found.elsewhere(device)
+        left = tuple(one for one in left if _MULTIPLIES.match(one[1])) or left
+        named = ", ".join(f"{kind} {name}" for _, kind, name in left[:_NAMED])
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        return (
+            (f"not on {device}: {named}{more}; " if named else "")
+            + f"{100 * share:.4g} % of its {what} are on {device}, wanted {100 * wanted:.4g} % "
+            + f"({found})"
+        )
+    return ""
+
+
 def enforce(contract: Mapping[str, float], found: Placement, *, variant: str) -> None:
     """Compare what the engine did with what the bundle promises.
 
     Raises:
-        LimitError: a device has a smaller share than the contract says; it names operators that
-            are elsewhere.
+        LimitError: a device has a smaller share than the contract says.
     """
-    for device, wanted in contract.items():
-        share = found.shares.get(device, 0.0)
-        if share + 1e-6 < wanted:
-            what = "multiply-accumulates" if found.of == "MACs" else "operators"
-            left = found.elsewhere(device)
-            left = tuple(one for one in left if _MULTIPLIES.match(one[1])) or left
-            named = ", ".join(f"{kind} {name}" for _, kind, name in left[:_NAMED])
-            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-            not_there = f"; not there: {named}{more}" if named else ""
-            raise LimitError(
-                f"variant {variant!r} was to run {100 * wanted:.4g} % of its {what} on {device}, "
-                f"the engine placed {100 * share:.4g} % there ({found}){not_there}; "
-                "refused: nothing falls back in silence"
-            )
+    why = shortfall(contract, found)
+    if why:
+        raise LimitError(f"variant {variant!r}: {why}; refused: nothing falls back in silence")

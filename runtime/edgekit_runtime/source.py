@@ -210,7 +210,9 @@ class Source:
             enforce(variant.placement, opened.placement(operators=False), variant=variant.id)
         except LimitError as error:
             if variant.on_misplacement == "warn":
-                warnings.warn(str(error), FallbackWarning, stacklevel=5)
+                text = str(error).split("; refused: ")[0]
+                text += "; the rest runs on the CPU, as the bundle allows"
+                warnings.warn(text, FallbackWarning, stacklevel=5)
             elif variant.on_misplacement == "next":
                 raise _NextVariantError(str(error)) from None
             else:

@@ -40,9 +40,9 @@ static void check_placement(const struct variant *variant, const struct engine *
         if (share + 1e-6 >= one->share)
             continue;
         char *text = take_format(
-            "variant '%s' was to run %.0f %% of its operators on %s, the engine placed %.0f %% there "
-            "(%s); refused: nothing falls back in silence", variant->id, 100 * one->share,
-            one->device, 100 * share, engine_placement(engine));
+            "variant '%s': %.4g %% of its operators are on %s, wanted %.4g %% (%s); refused: nothing "
+            "falls back in silence", variant->id, 100 * share, one->device, 100 * one->share,
+            engine_placement(engine));
         if (!strcmp(variant->on_misplacement, "warn"))
             warn(text);
         else if (!strcmp(variant->on_misplacement, "next"))
