@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from edgekit.convert import tool_versions
 from edgekit.device import DeviceProfile
 from edgekit.errors import EdgeKitError, ModelError, one_line
 from edgekit.graph import read_graph, with_batch_one
-from edgekit_runtime.engines.accelerators import ACCELERATORS, accelerator_of
+from edgekit_runtime.engines.accelerators import accelerator_of, accelerators_of, split_engine
 from edgekit_runtime.placement import Placement, by_macs
 
 __all__ = [
-    "DISTRIBUTIONS", "compile_context", "compiled_for", "engines_of", "macs_of", "origins_of",
-    "placed", "write_context",
+    "DISTRIBUTIONS", "compile_for", "compiled_for", "engines_of", "macs_of", "origins_of",
+    "placed", "run_compiler", "write_context",
 ]  # fmt: skip
 
 #: what must be installed beside the engine itself
-DISTRIBUTIONS = {"onnxruntime:qnn": ("onnxruntime-qnn",)}
+DISTRIBUTIONS = {"onnxruntime:qnn": ("onnxruntime", "onnxruntime-qnn")}
 _QNN = "onnxruntime:qnn"
+_RECIPE = 1
 
 
 def engines_of(profile: DeviceProfile) -> dict[str, tuple[str, ...]]:
@@ -34,7 +36,7 @@ def engines_of(profile: DeviceProfile) -> dict[str, tuple[str, ...]]:
     known first; empty for those that none does."""
     found = {}
     for name, one in profile.accelerators.items():
-        known = ACCELERATORS.get(one.engine, {})
+        known = accelerators_of(one.engine)
         by_provider = [key for key, row in known.items() if row.provider == one.provider]
         by_kind = [key for key in known if key == one.kind and one.provider is None]
         names = [f"{one.engine}:{key}" for key in by_provider[:1] or by_kind]
@@ -46,34 +48,66 @@ def engines_of(profile: DeviceProfile) -> dict[str, tuple[str, ...]]:
 
 def compiled_for(engine: str, target: str | None) -> bool:
     """Whether what the engine is given was compiled for one processor before."""
-    return engine == _QNN and target is not None
+    if target is None or not split_engine(engine)[1]:
+        return False
+    return engine == _QNN or accelerator_of(engine).compile is not None
 
 
-def compile_context(
-    artifact: Artifact, target: str, *, cache: Cache, limits: sandbox.Limits | None = None
-) -> Artifact:
-    """The ONNX model, whose shapes are fixed, with what Qualcomm's NPU takes of it compiled for
-    one of their processors (`target` is its number in QNN: 57 is the SM8650).
+def compile_for(
+    artifact: Artifact, engine: str, target: str, *, cache: Cache,
+    limits: sandbox.Limits | None = None,
+) -> Artifact:  # fmt: skip
+    """The model, whose shapes are fixed, with what the accelerator takes of it compiled for one
+    processor; `target` is the profile's `compiler_target`. For Qualcomm's NPU that is the number
+    of the SoC in QNN: 57 is the SM8650.
 
     Raises:
         MissingExtraError: onnxruntime-qnn is not installed.
         ModelError: it refuses the model.
     """
-    tools = tool_versions(("onnxruntime", "onnxruntime-qnn"))
-    key = content_key(kind="qnn-context", source=artifact.sha256, target=target, tools=tools)
+    tools = tool_versions(DISTRIBUTIONS.get(engine, ()))
+    plug_in = accelerator_of(engine).compile
+    words = f"{plug_in.__module__}:{plug_in.__qualname__}" if plug_in else ""
+    key = content_key(
+        kind="accelerator", recipe=_RECIPE, source=artifact.sha256, engine=engine, target=target,
+        tools=tools, plug_in=[words, _version_of(words)],
+    )  # fmt: skip
+    name = f"model{artifact.path.suffix}"
 
     def make(folder: Path) -> None:
-        request = {"source": str(artifact.path), "target": str(folder / "model.onnx"),
-                   "soc": target}  # fmt: skip
-        sandbox.call("edgekit.accelerate:write_context", request, limits=limits,
-                     what=f"compiling for Qualcomm's NPU (SoC {target})")  # fmt: skip
+        request = {"source": str(artifact.path), "target": str(folder / name)}
+        function = "run_compiler" if plug_in else "write_context"
+        more = {"engine": engine, "compiler_target": target} if plug_in else {"soc": target}
+        sandbox.call(f"edgekit.accelerate:{function}", {**request, **more}, limits=limits,
+                     what=f"compiling for {engine} ({target})")  # fmt: skip
 
-    path = cache.folder(key, make) / "model.onnx"
-    step = {"step": "qnn-context", "soc_model": target, "tools": tools}
+    path = cache.folder(key, make) / name
+    step = {"step": "compile", "engine": engine, "compiler_target": target, "tools": tools}
     return replace(
         artifact, files=(path,), sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         provenance=(*artifact.provenance, step),
     )  # fmt: skip
+
+
+def _version_of(function: str) -> str:
+    """The version of the distribution that a plug-in's function is of."""
+    package = function.partition(":")[0].partition(".")[0]
+    for name in metadata.packages_distributions().get(package, ()):
+        return metadata.version(name)
+    return ""
+
+
+def run_compiler(source: str, target: str, engine: str, compiler_target: str) -> None:
+    """A plug-in's compiler; runs in the child.
+
+    Raises:
+        ModelError: it wrote nothing.
+    """
+    compiler = accelerator_of(engine).compile
+    assert compiler is not None  # noqa: S101
+    compiler(source, target, compiler_target)
+    if not Path(target).is_file():
+        raise ModelError(f"the compiler of {engine} wrote nothing")
 
 
 def write_context(source: str, target: str, soc: str) -> None:

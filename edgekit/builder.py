@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import sandbox
-from edgekit.accelerate import DISTRIBUTIONS, compile_context, compiled_for, macs_of
+from edgekit.accelerate import DISTRIBUTIONS, compile_for, compiled_for, macs_of
 from edgekit.artifact import SOURCES, Artifact
 from edgekit.cache import Cache, Key, content_key
 from edgekit.compress.fix_shapes import fix_shapes
@@ -72,7 +72,9 @@ class Builder:
             candidate.engine, candidate.compiler_target
         ):
             return made
-        return compile_context(made, candidate.compiler_target, cache=self.cache, limits=limits)
+        return compile_for(
+            made, candidate.engine, candidate.compiler_target, cache=self.cache, limits=limits
+        )
 
     def macs(
         self, candidate: Candidate, limits: sandbox.Limits, progress: Progress

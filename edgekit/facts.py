@@ -19,12 +19,15 @@ from typing import Any
 
 from edgekit import sandbox
 from edgekit.device import SCHEMA, DeviceProfile
-from edgekit.errors import EdgeKitError, TargetError
+from edgekit.errors import EdgeKitError, MissingToolError, TargetError
 from edgekit_runtime.engines import ENGINES, engine_version
 from edgekit_runtime.engines.accelerators import split_engine
 from edgekit_runtime.machine import machine_name
 
-__all__ = ["Facts", "facts_script", "probe_engine", "profile_of", "read_facts", "this_machine"]
+__all__ = [
+    "Facts", "facts_script", "probe_accelerator", "probe_engine", "profile_of", "read_facts",
+    "this_machine",
+]  # fmt: skip
 
 _ARCHES = {
     "x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64",
@@ -233,18 +236,28 @@ def probe_engine(name: str) -> str | None:
 
     Being installed proves nothing; a package for another CPU imports and then crashes.
     """
-    if engine_version(name) is None:
-        return f"not installed; pip install {ENGINES[split_engine(name)[0]].distributions[0]}"
     try:
-        sandbox.call(
-            "edgekit_runtime.probe:probe",
-            {"engine": name},
-            limits=sandbox.Limits(timeout_s=60),
-            what=f"probing {name}",
-        )
+        probe_accelerator(name)
     except EdgeKitError as error:
         return str(error)
     return None
+
+
+def probe_accelerator(name: str) -> str:
+    """Run a one-operator model in a child process; what stands in for the accelerator here, empty
+    if nothing does.
+
+    Raises:
+        EdgeKitError: it does not run.
+    """
+    if engine_version(name) is None:
+        install = ENGINES[split_engine(name)[0]].distributions[0]
+        raise MissingToolError(f"not installed; pip install {install}")
+    limits, arguments = sandbox.Limits(timeout_s=60), {"engine": name}
+    return str(
+        sandbox.call("edgekit_runtime.probe:stand_in", arguments, limits=limits,
+                     what=f"probing {name}")
+    )  # fmt: skip
 
 
 # --- reading the sections -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from typing import Tuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from .engines import Options, load_engine
 from .engines.accelerators import accelerator_of, split_engine
 from .errors import EngineError, MissingToolError, one_line
 
-__all__ = ["ONNX_MODEL", "probe", "tflite_model"]
+__all__ = ["ONNX_MODEL", "probe", "stand_in", "tflite_model"]
 
 # y = x @ x for float32 (2, 2), opset 13: `onnx.helper.make_model` with nothing optional set.
 ONNX_MODEL = base64.b64decode(
@@ -52,10 +53,23 @@ def probe(engine: str) -> str:
         EngineMissingError: not installed, or nothing here to run on.
         EngineError: installed, but it does not compute, or computes somewhere else.
     """
+    return _tried(engine)[0]
+
+
+def stand_in(engine: str) -> str:
+    """As `probe`, but returns what stands in for the accelerator here, `Qualcomm's HTP emulator`
+    say; empty if it is the accelerator itself, or is not known."""
+    return _tried(engine)[1]
+
+
+def _tried(engine: str) -> Tuple[str, str]:
+    base, accelerator = split_engine(engine)
+    own = accelerator_of(engine).probe if accelerator else None
+    if own is not None:
+        return own(), ""
     files = {"probe.onnx": ONNX_MODEL}
     x = np.array([[1.5, -2.0]], np.float32)
     wanted = x + x
-    base, accelerator = split_engine(engine)
     if base == "litert":
         files = {"probe.tflite": tflite_model()}
     elif base == "ncnn":
@@ -78,4 +92,4 @@ def probe(engine: str) -> str:
         raise EngineError(f"{engine} computes wrong results for one operator: do not use it here")
     if accelerator and placement.shares.get(accelerator_of(engine).device) != 1.0:
         raise EngineError(f"{engine} was asked for and ran {placement}")
-    return loaded.version
+    return loaded.version, placement.simulated

@@ -217,7 +217,7 @@ def _import(package: str) -> Any:
 
 def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Loaded:
     """Load a model, given as bytes by file name, into the engine; `ENGINE:ACCELERATOR` has it run
-    on what `accelerators.ACCELERATORS` lists.
+    on what `accelerators.all_names` lists.
 
     Raises:
         EngineMissingError: the engine is not installed, or does not reach the accelerator.
@@ -229,14 +229,17 @@ def load_engine(name: str, files: Mapping[str, bytes], options: Options) -> Load
     import_engine(name)
     engine, accelerator = split_engine(name)
     module = ENGINES[engine].module
+    load: Optional[Callable[[Mapping[str, bytes], Options], Loaded]] = None
     if accelerator:
-        accelerator_of(name)
+        try:
+            load = accelerator_of(name).load
+        except UsageError as error:
+            raise EngineMissingError(str(error)) from None
         options = replace(options, accelerator=accelerator)
         module += "_gpu" if name == "litert:gpu" else ""
-    if options.precision not in _PRECISIONS_OF.get(name, ("float32",)):
+    if load is None and options.precision not in _PRECISIONS_OF.get(name, ("float32",)):
         raise UsageError(f"{name} computes floats in float32; {options.precision} was asked for")
-    load: Callable[[Mapping[str, bytes], Options], Loaded]
-    load = importlib.import_module("." + module, __name__).load
+    load = load or importlib.import_module("." + module, __name__).load
     try:
         return load(files, options)
     except EdgeKitError:
