@@ -12,7 +12,7 @@ SETTINGS := pyproject.toml runtime/pyproject.toml constraints.txt
 demo: .venv/demo.stamp
 	$(BIN)/python examples/magika/demo.py
 
-REQUIRE := onnxruntime,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow,asyncssh,adbutils,keras,tf2onnx,litert_torch,coremltools,skl2onnx,skops,pnnx,ethosu,tflite_micro
+REQUIRE := onnxruntime,onnxruntime_qnn,openvino,nncf,litert,onnx2tf,litert_quantizer,torch,sklearn,ncnn,PIL,scipy,tensorflow,asyncssh,adbutils,keras,tf2onnx,litert_torch,coremltools,skl2onnx,skops,pnnx,ethosu,tflite_micro
 
 # What measures runs alone; the rest shares the processors.
 test: check
@@ -49,7 +49,7 @@ check: .venv/dev.stamp
 
 .venv/dev.stamp: .venv/bin/python $(SETTINGS)
 	@echo "installing everything the tests use into .venv (TensorFlow and PyTorch: some minutes)"
-	$(PIP) -e '.[onnx,openvino,litert,tflite-convert,tensorflow,torch,torch-tflite,coreml,sklearn,ssh,adb,ethos-u,micro,dev]'
+	$(PIP) -e '.[onnx,openvino,litert,tflite-convert,tensorflow,torch,torch-tflite,coreml,sklearn,qnn,ssh,adb,ethos-u,micro,dev]'
 	$(PIP) --no-deps pnnx
 	@touch $@ .venv/demo.stamp
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib import import_module
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 
@@ -45,26 +45,38 @@ _BY_CONSTANT = frozenset(
 _Operator = Tuple[str, List[int], List[int]]
 
 
-def load(files: Mapping[str, bytes], options: Options) -> Loaded:
-    """Load TFLite bytes; XNNPACK takes what it can, as LiteRT does by default."""
+def load(
+    files: Mapping[str, bytes], options: Options, *, delegate: Optional[Callable[[], Any]] = None,
+    device: str = "CPU", provider: str = "XNNPACK",
+) -> Loaded:  # fmt: skip
+    """Load TFLite bytes; XNNPACK takes what it can, as LiteRT does by default.
+
+    What plugs in names a `delegate` of its own (called once for each interpreter), the `device` it
+    runs operators on and what it is called: it takes what it can, LiteRT's own kernels run the
+    rest, and which are where is read from the interpreter.
+    """
     if len(files) != 1:
         raise ModelError(f"a TFLite variant is one file, found {len(files)}: {', '.join(files)}")
     (model,) = files.values()
     if model[4:8] != b"TFL3":
         raise ModelError(f"not a TFLite model: bytes 4..8 are {model[4:8]!r}, wanted b'TFL3'")
-    return _Loaded(model, options)
+    return _Loaded(model, options, delegate, device, provider)
 
 
 class _Loaded(Loaded):
     max_bindings = 2  # each is an interpreter with its own copy of the packed weights
 
-    def __init__(self, model: bytes, options: Options) -> None:
+    def __init__(
+        self, model: bytes, options: Options, delegate: Optional[Callable[[], Any]], device: str,
+        provider: str,
+    ) -> None:  # fmt: skip
         module = import_engine("litert")
         name = module.__name__.partition(".")[0]
         number = getattr(import_module(name), "__version__", None) or engine_version("litert")
         self.version = str(number) if name == "ai_edge_litert" else f"tflite-runtime {number}"
         self._make = module.Interpreter
         self._model, self._threads = model, options.threads
+        self._delegate, self._device, self._provider = delegate, device, provider
         first = self.interpreter()
         self._idle: List[Tuple[Any, Optional[Shapes]]] = [(first, None)]
         self._in, self._out = first.get_input_details(), first.get_output_details()
@@ -81,7 +93,14 @@ class _Loaded(Loaded):
         self._allocated: Optional[Any] = None
 
     def interpreter(self) -> Any:
-        return self._make(model_content=self._model, num_threads=self._threads)
+        own: Dict[str, Any] = {}
+        if self._delegate is not None:
+            from ai_edge_litert.interpreter import OpResolverType
+
+            plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            own = {"experimental_delegates": [self._delegate()],
+                   "experimental_op_resolver_type": plain}  # fmt: skip
+        return self._make(model_content=self._model, num_threads=self._threads, **own)
 
     def bind(self, shapes: Shapes) -> Binding:
         interpreter, before = self._idle.pop() if self._idle else (self.interpreter(), None)
@@ -113,11 +132,21 @@ class _Loaded(Loaded):
             with contextlib.suppress(Exception):
                 ones = tuple(spec.with_batch(1) for spec in self.inputs)
                 self.bind(self.usual_shapes or ones).close()
+        listed = _operators(self._allocated or self._idle[-1][0])
         counts: Dict[str, int] = {}
-        for kind, _, _ in _operators(self._allocated or self._idle[-1][0]):
+        for kind, _, _ in listed:
             counts[kind] = counts.get(kind, 0) + 1
-        delegate = "XNNPACK" if counts.get("DELEGATE") else "reference kernels"
-        return Placement({"CPU": 1.0}, delegate, "float32", counts)
+        delegate = self._provider if counts.get("DELEGATE") else "reference kernels"
+        if self._delegate is None:
+            return Placement({"CPU": 1.0}, delegate, "float32", counts)
+        taken = _taken(listed)
+        nodes = tuple(
+            (self._device if number in taken else "CPU", kind, f"{kind}#{number}")
+            for number, (kind, _, _) in enumerate(listed) if kind != "DELEGATE"
+        )  # fmt: skip
+        on_it = sum(device == self._device for device, _, _ in nodes) / (len(nodes) or 1)
+        shares = {key: share for key, share in ((self._device, on_it), ("CPU", 1 - on_it)) if share}
+        return Placement(shares, delegate, "float32", counts, nodes)
 
     def close(self) -> None:
         self._idle, self._allocated = [], None
@@ -201,6 +230,26 @@ def _operators(interpreter: Any) -> List[_Operator]:
         (raw.NodeName(i), raw.NodeInputs(i).tolist(), raw.NodeOutputs(i).tolist())
         for i in range(raw.NumNodes())
     ]
+
+
+def _taken(operators: List[_Operator]) -> Set[int]:
+    """Which operators delegates run: those between what a delegate takes and what it gives, which
+    the interpreter keeps in its list."""
+    makers = {
+        tensor: number
+        for number, (kind, _, made) in enumerate(operators) if kind != "DELEGATE"
+        for tensor in made
+    }  # fmt: skip
+    found: Set[int] = set()
+    for kind, given, wanted in operators:
+        todo = list(wanted) if kind == "DELEGATE" else []
+        while todo:
+            tensor = todo.pop()
+            number = makers.get(tensor)
+            if tensor not in given and number is not None and number not in found:
+                found.add(number)
+                todo += operators[number][1]
+    return found
 
 
 def _all_static(operators: List[_Operator], inputs: Set[int]) -> bool:
