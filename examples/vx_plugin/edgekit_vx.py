@@ -5,8 +5,8 @@ Its driver for LiteRT is VeriSilicon's VX delegate, a library of NXP's Linux for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import ctypes
+from collections.abc import Mapping
 from functools import partial
 
 from edgekit_runtime import EngineMissingError
