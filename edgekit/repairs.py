@@ -74,19 +74,14 @@ class Repairs:
         self.control.known = {row.candidate.id for row in rows}
         unrepaired = []
         for row in sorted(able, key=self.cost):
-            accelerator = row.candidate.accelerator  # what is for one is not told by time
-            rivals = [
-                r for r in rows
-                if r.status == "planned" and r.candidate.accelerator == accelerator
-            ] or [r for r in rows if r.status == "planned"]  # fmt: skip
-            best = min(rivals, key=self.cost)
+            best = self._rival(row, rows)
             hopeless = self._pruned_too_far(row, rows)
             if hopeless:
                 row.reason += f"; not repaired: {hopeless}"
                 self.observer.row(row.candidate.id, row.reason)
                 continue
             worst, why = self._expected(row)
-            if worst >= _WORTH_REPAIRING * self.cost(best):
+            if best is not None and worst >= _WORTH_REPAIRING * self.cost(best):
                 row.reason += f"; not repaired: {why} it would not beat {best.candidate.id}"
                 self.observer.row(row.candidate.id, row.reason)
                 unrepaired.append(row)
@@ -99,6 +94,15 @@ class Repairs:
         with suppress(SearchEndedError):
             for row in unrepaired:  # nothing collapses without a word on where that comes from
                 self._name_operators(row)
+
+    def _rival(self, row: Row, rows: list[Row]) -> Row | None:
+        """What it has to beat: of what is for an accelerator only another one that is."""
+        accelerator = row.candidate.accelerator
+        rivals = [
+            one for one in rows
+            if one.status == "planned" and accelerator in ("", one.candidate.accelerator)
+        ]  # fmt: skip
+        return min(rivals, key=self.cost, default=None)
 
     def _pruned_too_far(self, row: Row, rows: list[Row]) -> str:
         """Why nothing that is done to operators helps: the pruned model itself loses too much."""
