@@ -96,11 +96,13 @@ class Repairs:
                 self._name_operators(row)
 
     def _rival(self, row: Row, rows: list[Row]) -> Row | None:
-        """What it has to beat: of what is for an accelerator only another one that is."""
+        """What it has to beat; a time that means nothing is compared with its like alone."""
         accelerator = row.candidate.accelerator
         rivals = [
             one for one in rows
-            if one.status == "planned" and accelerator in ("", one.candidate.accelerator)
+            if one.status == "planned" and (
+                one.candidate.accelerator == accelerator if row.simulated else not one.simulated
+            )
         ]  # fmt: skip
         return min(rivals, key=self.cost, default=None)
 

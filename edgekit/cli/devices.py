@@ -127,7 +127,7 @@ def probe(
 ) -> None:
     """Read what a device says of itself, measure its roofline, and make a profile of it.
 
-    Nothing is installed there: EdgeKit's runtime (100 kB) and a few small models are copied to a
+    Nothing is installed there: EdgeKit's runtime (130 kB) and a few small models are copied to a
     temporary folder, which is removed again. A device without Python is read, not measured; over
     adb the native runner is brought, which stays for the next time.
 

@@ -23,6 +23,7 @@ from edgekit.measure.report_text import (
     ms_text,
     ratio_text,
     seconds_text,
+    stand_in,
 )
 
 __all__ = ["report_html"]
@@ -102,6 +103,8 @@ def _headline(document: _Document, scale: Scale) -> Markup:
     how, judged = f"Latency {_how(chosen)} {_where(document)}", _judged(document)
     if chosen.get("firmware"):
         how, judged = "Nothing was measured on the device", "here,"
+    elif stand_in(chosen):
+        how, judged = f"It ran on {stand_in(chosen)}: its outputs count, its times do not", "there"
     return element(
         "header",
         eyebrow,
@@ -139,15 +142,16 @@ def _tiles(
             _tile(scale.value(chosen["metric"]), scale.name, "the model as it came"),
         )
     ratio, interval = ratio_text(chosen["latency_ratio"])
+    latency = _tile(
+        ratio, f"the latency of {base}", f"{ms_text(p50_before)} \u2192 {ms_text(p50)} ms p50",
+        interval,
+    )  # fmt: skip
+    if stand_in(chosen):
+        latency = _tile("simulated", "latency", "nothing here measures it")
     size, size_before = chosen["size_bytes"], reference["size_bytes"]
     smaller = f"{size / size_before:.2f}x" if size and size_before else DASH
     return (
-        _tile(
-            ratio,
-            f"the latency of {base}",
-            f"{ms_text(p50_before)} \u2192 {ms_text(p50)} ms p50",
-            interval,
-        ),
+        latency,
         _tile(
             smaller, f"the size of {base}", f"{bytes_text(size_before)} \u2192 {bytes_text(size)}"
         ),
@@ -296,7 +300,10 @@ def _plot(
         f"{_where(document)}."
     )
     if left_out:
-        words += f" Not drawn: {count_text(left_out, 'candidate')} without accuracy or latency."
+        words += (
+            f" Not drawn: {count_text(left_out, 'candidate')} without accuracy, or without a "
+            "latency that was measured."
+        )
     return (
         element("p", *legend, class_="legend"),
         element(
@@ -402,16 +409,20 @@ def _row(
         times = (spread, f"{count_text(latency['samples'], 'sample')}, {latency['label']}")
         share = candidate.get("roof_share")
         times += (f"{100 * share:.0f} % of this device's roof",) if share else ()
+    first = f"{ms_text(latency['p50'])} ms" if latency else DASH
+    memory = candidate["peak_rss_bytes"]
+    if stand_in(candidate):
+        first, times, memory = "simulated", (f"by {stand_in(candidate)}",), None
     drop = ""
     if candidate["metric_drop"] is not None and not is_reference:
         drop = f"{scale.drop_name} {scale.drop(candidate['metric_drop'])}"
     cells = (
         (element("span", _symbol(status), status, class_="status"),),
         (scale.value(candidate["metric"]), drop, scale.interval(candidate["metric_drop_interval"])),
-        (f"{ms_text(latency['p50'])} ms" if latency else DASH, *times),
+        (first, *times),
         (ratio, "the reference" if is_reference else interval),
         (bytes_text(candidate["size_bytes"]),),
-        (bytes_text(candidate["peak_rss_bytes"]),),
+        (bytes_text(memory),),
         _placement(candidate["placement"]),
     )
     name = element(
@@ -443,7 +454,11 @@ def _placement(placement: _Document | None) -> tuple[str, ...]:
     if not placement or not placement["shares"]:
         return (DASH,)
     shares = sorted(placement["shares"].items(), key=lambda pair: -pair[1])
-    return tuple(f"{where} {100 * share:.0f} %" for where, share in shares)
+    of = placement.get("of") if placement.get("of") == "MACs" else None
+    return (
+        *(f"{where} {100 * share:.0f} %" for where, share in shares),
+        *([f"of the {of}"] if of else []),
+    )
 
 
 def _more(candidate: _Document) -> str:
@@ -452,7 +467,10 @@ def _more(candidate: _Document) -> str:
     placement = candidate["placement"]
     if placement:
         facts.append(f"ran with {placement['delegate']}, floats as {placement['precision']}")
-    if candidate["first_run_ns"]:
+        left = ", ".join(f"{kind} {name}" for _, kind, name in placement.get("left") or ())
+        if left:
+            facts.append(f"left to the CPU: {left}")
+    if candidate["first_run_ns"] and not stand_in(candidate):
         facts.append(f"first run {ms_text(candidate['first_run_ns'])} ms")
     if candidate["cosine"] is not None:
         facts.append(f"least similar output: cosine {candidate['cosine']:.4f} to the reference's")

@@ -15,7 +15,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from edgekit.measure.report_text import Scale, bytes_text, finite, ms_text, ratio_text
+from edgekit.measure.report_text import Scale, bytes_text, finite, ms_text, ratio_text, stand_in
 
 __all__ = ["pareto_figure"]
 
@@ -116,7 +116,7 @@ def _points(ranked: Sequence[_Document]) -> list[_Point]:
     return [
         _Point(number, c, round(max(_LEAST_PX, _LARGEST_PX * math.sqrt(size / largest)), 1))
         for number, (c, size) in enumerate(zip(ranked, sizes, strict=True), start=1)
-        if c["latency_ns"] and finite(c["metric"]) and finite(c["metric_drop"])
+        if c["latency_ns"] and finite(c["metric"]) and finite(c["metric_drop"]) and not stand_in(c)
     ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "DASH",
@@ -15,6 +16,7 @@ __all__ = [
     "ms_text",
     "ratio_text",
     "seconds_text",
+    "stand_in",
 ]
 
 DASH, _MINUS = "\u2013", "\u2212"
@@ -121,3 +123,9 @@ class Scale:
     def budget_text(self, reference: float, max_drop: float) -> str:
         sign = "\u2265" if self.higher_is_better else "\u2264"
         return f"{self.name} {sign} {self.value(self.budget(reference, max_drop))}"
+
+
+def stand_in(candidate: Mapping[str, Any]) -> str:
+    """What stood in for a candidate's accelerator, so that its times mean nothing; empty if
+    nothing did."""
+    return str((candidate["placement"] or {}).get("simulated") or "")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from native_runner import engine_libraries, native_program
 from onnx import TensorProto, helper, numpy_helper
 from software_gpu import software_vulkan
 
@@ -102,6 +103,24 @@ def test_the_bundle_promises_the_npu_and_has_a_variant_for_the_cpu(phone, edgeki
     assert shown.returncode == 0 and shown.stderr == "", shown.stderr
     inside = edgekit("inspect", out / "model.edgekit")
     assert inside.returncode == 0 and "simulated" in inside.stdout
+
+
+def test_a_phone_without_the_engine_takes_the_second_variant_and_says_so(phone) -> None:
+    _, out = phone
+    done = subprocess.run(
+        [native_program(), "check", str(out / "model.edgekit")], env=engine_libraries(), text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FallbackWarning" in done.stderr and "no engine 'onnxruntime:qnn'" in done.stderr
+
+
+def test_an_app_is_shown_how_to_ask_for_the_npu(phone, edgekit, tmp_path) -> None:
+    _, out = phone
+    done = edgekit("unpack", out / "model.edgekit", "-o", tmp_path / "app")
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "app" / "HOW-TO.md").read_text()
+    assert "onnxruntime-android-qnn" in words and "options.addQnn(" in words
 
 
 # --- what the accelerator lacks -------------------------------------------------------------------

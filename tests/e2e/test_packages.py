@@ -39,7 +39,7 @@ def test_runtime_needs_numpy_and_nothing_else(wheels) -> None:
     needed = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert needed == ["Requires-Dist: numpy>=1.19"]
     assert "Requires-Python: >=3.9" in lines
-    assert wheels[0].stat().st_size < 140_000  # ADR 0004
+    assert wheels[0].stat().st_size < 150_000  # ADR 0004
 
 
 def test_runtime_wheel_holds_the_runtime_only(wheels) -> None:

@@ -165,7 +165,7 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_file_is_the_whole_runtime(pyz: Path, tmp_path: Path) -> None:
     from small_models import linear, save_onnx
 
-    assert len(pyz.read_bytes()) < 120_000
+    assert len(pyz.read_bytes()) < 135_000  # ADR 0004
     x = np.random.default_rng(0).random((2, 4), np.float32)
     np.savez(tmp_path / "x.npz", x=x)
     model = save_onnx(tmp_path, "linear")

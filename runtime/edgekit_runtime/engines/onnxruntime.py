@@ -129,10 +129,11 @@ class _Loaded(Loaded):
         devices = [device for device, _, _ in nodes] or ["unknown" if wanted else "CPU"]
         shares = {one: devices.count(one) / len(devices) for one in dict.fromkeys(devices)}
         delegates = list(counts) or list(self._session.get_providers())
-        emulated = wanted is not None and wanted.provider.startswith("QNN")
-        emulated = emulated and machine_name() == "x86_64"
+        htp = wanted is not None and wanted.provider.startswith("QNN")
+        emulated = htp and machine_name() == "x86_64"
+        precision = "float16" if htp else "float32"  # enable_htp_fp16_precision is its default
         return Placement(
-            shares, "+".join(delegates), "float32", dict(counts), tuple(nodes) if wanted else (),
+            shares, "+".join(delegates), precision, dict(counts), tuple(nodes) if wanted else (),
             simulated="Qualcomm's HTP emulator" if emulated else "",
         )  # fmt: skip
 
