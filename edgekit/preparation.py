@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from edgekit.errors import (
 )
 from edgekit.evaluate import metric_named
 from edgekit.facts import probe_engine
-from edgekit.firmware_plan import firmware_plan, runs_firmware
+from edgekit.firmware_plan import ETHOS_U, firmware_plan, runs_firmware
 from edgekit.fit import Fit, judge
 from edgekit.graph import read_graph, with_batch_one
 from edgekit.measure.conditions import conditions
@@ -125,6 +126,31 @@ class _Quiet(Observer):
         self._diary.note(text)
 
 
+def _no_accelerator(profile: DeviceProfile, wanted: str, known: Iterable[str]) -> UsageError:
+    listed = ", ".join(known) or "none"
+    return UsageError(f"{profile.id} has no accelerator {wanted!r}; it has {listed}")
+
+
+def _firmware_with(profile: DeviceProfile, wanted: str | None) -> DeviceProfile:
+    """A microcontroller's profile with the one accelerator that was asked for by name, or without
+    any; other profiles as they are.
+
+    Raises:
+        UsageError: it has none of that name, or without them nothing runs on it.
+    """
+    if wanted is None or not runs_firmware(profile):
+        return profile
+    known = {name: one for name, one in profile.accelerators.items() if one.engine == ETHOS_U}
+    if wanted != "none":
+        if wanted not in known:
+            raise _no_accelerator(profile, wanted, known)
+        return profile.model_copy(update={"accelerators": {wanted: known[wanted]}})
+    engines = {name: one for name, one in profile.engines.items() if name != ETHOS_U}
+    if not engines:
+        raise UsageError(f"--accelerator none: {profile.id} runs models on {', '.join(known)} only")
+    return profile.model_copy(update={"accelerators": {}, "engines": engines})
+
+
 @dataclass
 class _Preparation:
     request: Request
@@ -143,7 +169,7 @@ class _Preparation:
                 "--slice-by the array of the data that says which slice a sample is of"
             )
         site = request.site
-        profile = self._profile()
+        profile = _firmware_with(self._profile(), request.accelerator)
         if site is not HERE and site.profile.arch != profile.arch:
             raise UsageError(
                 f"{profile.id} is {profile.arch}, {site.name} is {site.profile.arch}; name the "
@@ -323,8 +349,7 @@ class _Preparation:
         if wanted == "none" or not (known or wanted):
             return plan
         if wanted is not None and wanted not in known:
-            listed = ", ".join(known) or "no accelerator"
-            raise UsageError(f"{profile.id} has no accelerator {wanted!r}; it has {listed}")
+            raise _no_accelerator(profile, wanted, known)
         asked = [name for one, names in known.items() for name in names if wanted in (None, one)]
         engines = list(dict.fromkeys(asked))
         with self.diary.phase("probe the accelerators"), ThreadPoolExecutor() as pool:

@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from edgekit.errors import UsageError
 from edgekit.microcontroller import FirmwareRun
+from edgekit.preparation import _firmware_with
+from edgekit.profiles import load_profile
 
 
 def run_for(minimize: str = "latency", **accelerators: str) -> FirmwareRun:
@@ -35,3 +38,13 @@ def test_what_is_estimated_comes_first_unless_size_is_wanted() -> None:
     assert run._price(slow) < run._price(small)
     run = run_for("size", npu="ethos-u55-128")
     assert run._price(slow) > run._price(small)
+
+
+def test_an_ethos_u_is_asked_for_by_name() -> None:
+    board = load_profile("alif-ensemble-e7")
+    assert list(_firmware_with(board, "ethos-u55-he").accelerators) == ["ethos-u55-he"]
+    alone = _firmware_with(board, "none")
+    assert not alone.accelerators and list(alone.engines) == ["tflm"]
+    assert _firmware_with(board, None) is board
+    with pytest.raises(UsageError, match="no accelerator 'htp'; it has ethos-u55-hp, ethos-u55-he"):
+        _firmware_with(board, "htp")
