@@ -104,7 +104,7 @@ app.command(
 app.command(
     "edgekit.cli.doctor:doctor",
     name="doctor",
-    help="Check which engines and converters really work here.",
+    help="Check which engines, accelerators and converters really work here.",
 )
 
 

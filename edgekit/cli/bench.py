@@ -74,7 +74,8 @@ def bench(
     model
         A bundle (.edgekit) or a model of any format that edgekit convert reads.
     engine
-        For a model: onnxruntime, openvino, litert or ncnn, for which it is converted if need be;
+        For a model: onnxruntime, openvino, litert or ncnn, for which it is converted if need be,
+        with an accelerator of it (onnxruntime:qnn, ncnn:vulkan; doctor lists all) or without;
         its format's own otherwise, and onnxruntime where no engine loads it as it is.
     source
         How to read the model.

@@ -82,7 +82,8 @@ def compare(
     fail_over
         How much slower, larger or hungrier is no failure: 5% or 0.05.
     engine
-        For models: onnxruntime, openvino, litert or ncnn.
+        For models: onnxruntime, openvino, litert or ncnn, with an accelerator (ncnn:vulkan) or
+        without.
     threads
         Threads for both; each one's own number, or this machine's, otherwise.
     input_

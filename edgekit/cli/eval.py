@@ -62,7 +62,8 @@ def eval_(
     reference
         A model to compare with, sample by sample: the float one, usually.
     engine
-        onnxruntime, openvino, litert or ncnn, for which the model is converted if need be.
+        onnxruntime, openvino, litert or ncnn, for which the model is converted if need be, with an
+        accelerator of it (ncnn:vulkan) or without.
     threads
         Threads for the engine.
     source
