@@ -211,3 +211,65 @@ def test_an_accelerator_that_cannot_be_used_is_said(lacking, edgekit, tmp_path) 
     assert "onnxruntime-qnn>=2.0" in plan["onnxruntime-qnn-fp32"]["skip"]
     unknown = edgekit(*common, "--accelerator", "npu7")
     assert unknown.returncode == 2 and "no accelerator 'npu7'; it has htp" in unknown.stderr
+
+
+_PLUG_IN = """
+import shutil
+from edgekit_runtime.engines import litert
+from edgekit_runtime.engines.accelerators import Accelerator
+from edgekit_runtime.placement import Placement
+
+def load(files, options):
+    loaded = litert.load(files, options)
+    shares, nodes = {"NPU": 1.0}, (("NPU", "compiled", "all of it"),)
+    loaded.placement = lambda operators=True: Placement(shares, "mine", "float32", {}, nodes)
+    return loaded
+
+def compile(source, target, compiler_target):
+    assert compiler_target == "chip-7"
+    shutil.copyfile(source, target)
+
+MINE = Accelerator("NPU", "mine-npu", load=load, probe=lambda: "1.0", compile=compile)
+"""
+
+
+def test_an_accelerator_that_plugs_in_is_compiled_for_measured_and_promised(
+    edgekit, small_model, tmp_path
+) -> None:
+    info = tmp_path / "site" / "mine-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgekit.accelerators]\nlitert.mine = mine:MINE\n")
+    (tmp_path / "site" / "mine.py").write_text(_PLUG_IN)
+    board = _BOARD.replace("engines.onnxruntime", "engines.litert").replace("float16", "float32")
+    board = board.replace("QNNExecutionProvider", "mine-npu").replace('"57"', '"chip-7"')
+    board = board.replace('engine = "onnxruntime"', 'engine = "litert"').replace("htp", "npu")
+    (tmp_path / "board.toml").write_text(board.replace("SoC 57", "chip-7"))
+    x = np.random.default_rng(0).standard_normal((80, 4)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x)
+    before = edgekit.environment
+    path = f"{tmp_path / 'site'}:{before.get('PYTHONPATH', '')}"
+    edgekit.environment = {**before, "PYTHONPATH": path}
+    try:
+        done = edgekit("optimize", small_model("litert", "linear"), "--for", tmp_path /
+                       "board.toml", "--data", tmp_path / "d.npz", "--accelerator", "npu", "-o",
+                       tmp_path / "out", "--max-drop", "0.1", "--json")  # fmt: skip
+    finally:
+        edgekit.environment = before
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["chosen"] == "litert-mine-fp32"
+    row = rows_of(document)["litert-mine-fp32"]
+    assert row["placement"]["shares"] == {"NPU": 1.0} and row["placement"]["of"] == "MACs"
+    assert row["latency_ns"]["label"] == "measured"
+    with Bundle(tmp_path / "out" / "model.edgekit") as bundle:
+        (variant,) = bundle.manifest.variants
+        steps = bundle.manifest.provenance["steps"]
+    assert variant.engine == "litert:mine" and variant.placement == {"NPU": 1.0}
+    assert sum(variant.macs.values()) == 12
+    assert [one["compiler_target"] for one in steps if one["step"] == "compile"] == ["chip-7"]
+    alone = subprocess.run(  # where nothing plugs in
+        [sys.executable, "-m", "edgekit_runtime", "check", str(tmp_path / "out/model.edgekit")],
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 3 and "no accelerator 'mine'; known: litert:gpu" in alone.stderr
