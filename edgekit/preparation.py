@@ -50,6 +50,7 @@ from edgekit.precision import quantized_already
 from edgekit.profiles import THIS_MACHINE, load_profile, profiles_of
 from edgekit.reading import Reading
 from edgekit_runtime.engines import ENGINE_OF_FORMAT, ENGINES
+from edgekit_runtime.engines.accelerators import VERIFIED
 
 __all__ = ["Job", "Request", "prepare"]
 
@@ -385,6 +386,9 @@ class _Preparation:
             elif all(c.skip for c in tried):
                 why = "; ".join(dict.fromkeys(str(c.skip) for c in tried))
                 self.diary.note(f"{called} is not used: {why}")
+            for engine in dict.fromkeys(c.engine for c in tried if not c.skip):
+                if engine not in VERIFIED:
+                    self.diary.note(f"{engine} is not verified: no test of EdgeKit itself runs it")
 
     def _firmware_plan(
         self, came: Artifact, source: Artifact, profile: DeviceProfile, fit: Fit | None,

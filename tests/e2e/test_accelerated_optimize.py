@@ -259,6 +259,7 @@ def test_an_accelerator_that_plugs_in_is_compiled_for_measured_and_promised(
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["chosen"] == "litert-mine-fp32"
+    assert "litert:mine is not verified: no test of EdgeKit itself runs it" in document["notes"]
     row = rows_of(document)["litert-mine-fp32"]
     assert row["placement"]["shares"] == {"NPU": 1.0} and row["placement"]["of"] == "MACs"
     assert row["latency_ns"]["label"] == "measured"
