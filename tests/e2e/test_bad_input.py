@@ -231,7 +231,8 @@ def test_install_lines_keep_their_brackets(edgekit, monkeypatch, capsys) -> None
     doctor._show(
         {
             "engines": [row], "accelerators": [], "converters": [], "quantizers": [],
-            "microcontrollers": [], "warnings": [], "machine": {"name": "m", "arch": "a", "cpu": {"cores": 1}},
+            "microcontrollers": [], "warnings": [],
+            "machine": {"name": "m", "arch": "a", "cpu": {"cores": 1}},
         }
     )  # fmt: skip
     assert "'.[tflite-convert]'" in "".join(capsys.readouterr().out.split("\n"))
