@@ -55,6 +55,7 @@ from edgekit_runtime.engines.accelerators import VERIFIED
 __all__ = ["Job", "Request", "prepare"]
 
 _LEAST_FREE_BYTES = 16 << 20
+_NOT_THERE = "with --on the device's CPU is measured; leave it out to try accelerators"
 
 
 @dataclass(frozen=True)
@@ -353,8 +354,10 @@ class _Preparation:
             raise _no_accelerator(profile, wanted, known)
         asked = [name for one, names in known.items() for name in names if wanted in (None, one)]
         engines = list(dict.fromkeys(asked))
-        with self.diary.phase("probe the accelerators"), ThreadPoolExecutor() as pool:
-            faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
+        faults: dict[str, str | None] = dict.fromkeys(engines, _NOT_THERE)
+        if not self._there:
+            with self.diary.phase("probe the accelerators"), ThreadPoolExecutor() as pool:
+                faults = dict(zip(engines, pool.map(probe_engine, engines), strict=True))
         plan = with_accelerators(
             plan, profile, faults=faults, source_format=source.format, came=came.format,
             free_dimensions=has_free_dimensions(source), wanted=wanted,

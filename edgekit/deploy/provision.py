@@ -20,6 +20,7 @@ from edgekit.facts import Facts
 from edgekit.observer import Observer
 from edgekit.sandbox import child_environment
 from edgekit_runtime.engines import ENGINES
+from edgekit_runtime.engines.accelerators import split_engine
 
 __all__ = ["bring_packages", "missing_packages", "pip_platforms"]
 
@@ -40,8 +41,13 @@ os.replace(f"{link}.new-{os.getpid()}", link)
 
 def missing_packages(engines: Sequence[str], packages: Mapping[str, str]) -> list[str]:
     """What an interpreter with these packages lacks for the engines, by pip's names."""
-    wanted = [("numpy",), *(ENGINES[name].distributions for name in dict.fromkeys(engines))]
+    wanted = [("numpy",), *(ENGINES[name].distributions for name in _bases(engines))]
     return [names[0] for names in wanted if not packages.keys() & set(names)]
+
+
+def _bases(engines: Sequence[str]) -> list[str]:
+    """Each engine once, without its accelerator: that comes with the device, not from here."""
+    return [*dict.fromkeys(split_engine(name)[0] for name in engines)]
 
 
 def bring_packages(
@@ -54,7 +60,7 @@ def bring_packages(
         MissingToolError: pip does not work here.
         TargetError: the device has no room, or is lost.
     """
-    names = ["numpy", *(ENGINES[name].distributions[0] for name in dict.fromkeys(engines))]
+    names = ["numpy", *(ENGINES[name].distributions[0] for name in _bases(engines))]
     observer.phase(f"resolving {', '.join(names)} for {facts.arch}, Python {facts.python}")
     archive = _archive(names, facts)
     folder = f"{bench.folder}/packages-{archive.parent.name[:16]}"

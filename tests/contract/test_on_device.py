@@ -294,6 +294,7 @@ def test_wheels_are_chosen_for_the_devices_system() -> None:
         pip_platforms(Facts(system="Linux", arch="aarch64", libc="bionic"))
     had = {"numpy": "1", "tflite-runtime": "2.14"}
     assert missing_packages(["litert", "ncnn"], had) == ["ncnn"]
+    assert missing_packages(["litert:gpu", "ncnn:vulkan", "ncnn"], had) == ["ncnn"]
 
 
 def test_the_command_line_measures_over_ssh(model, tmp_path, capsys, monkeypatch) -> None:
