@@ -176,6 +176,8 @@ def _result(final: dict[str, Any] | None, code: int, log: IO[bytes], what: str) 
     if final is not None:
         raise ChildError(f"{what}: {final['crash']}")
     words = _last_words(log)
+    if code == -signal.SIGKILL:  # not by `_supervise`, which answers for itself
+        raise ChildError(f"{what}: killed, as a system does when its memory runs out (SIGKILL)")
     if code < 0:
         with suppress(ValueError):
             name = signal.Signals(-code).name

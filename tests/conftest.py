@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from small_models import LACKING, SAVERS
+
+# A shell's background jobs ignore Ctrl-C, and so does all they start: tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: what `needs(name)` looks for, where the package is not called like that
 _PACKAGES = {"litert": ("ai_edge_litert", "tflite_runtime")}

@@ -11,7 +11,7 @@ from .errors import LimitError
 __all__ = ["Placement", "by_macs", "enforce", "shortfall"]
 
 #: what multiplies and accumulates, in the names of the engines that tell their operators one by one
-_MULTIPLIES = re.compile(
+_MULTIPLIES = (
     r"(Fused|QLinear|Q)?(Conv|MatMul|Gemm)|Deconv|InnerProduct|LSTM|GRU|RNN|Attention|Einsum"
 )
 _NAMED = 3
@@ -65,7 +65,7 @@ def by_macs(found: Placement, macs: Mapping[str, int]) -> Placement:
     for device, kind, name in found.nodes:
         if name in macs:
             counts[device] = counts.get(device, 0) + macs[name]
-        elif _MULTIPLIES.match(kind) or kind == "EPContext":
+        elif re.match(_MULTIPLIES, kind) or kind == "EPContext":
             strange.add(device)
     rest = total - sum(counts.values())
     if rest > 0:

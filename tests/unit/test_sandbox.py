@@ -21,6 +21,7 @@ from edgekit.errors import InputError
 from edgekit.sandbox import report_progress
 def add(a, b): print('noise on stdout'); return a + b
 def crash(): ctypes.string_at(0)
+def killed(): os.kill(os.getpid(), 9)
 def leave(): print('last words', file=sys.stderr); os._exit(7)
 def hang(): time.sleep(600)
 def eat():
@@ -56,6 +57,7 @@ def test_result_survives_prints() -> None:
     ("name", "said"),
     [
         ("crash", "crashed with SIGSEGV"),
+        ("killed", "as a system does when its memory runs out"),
         ("leave", r"ended with code 7 .*last words"),
         ("theirs", "ValueError: two lines"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -196,9 +197,11 @@ def test_it_is_written_by_the_command_line(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["schema"] == "edgekit.runtime-zip/1"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a python3 with numpy
     version = subprocess.run(
-        [str(tmp_path / "runtime.pyz"), "--version"], capture_output=True, text=True, check=True
-    )
+        [str(tmp_path / "runtime.pyz"), "--version"],
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": path},
+    )  # fmt: skip
     assert version.stdout.strip() == json.loads(done.stdout)["version"]
     done = subprocess.run(
         [*command, "-o", str(tmp_path)], capture_output=True, text=True, check=False

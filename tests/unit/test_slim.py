@@ -45,6 +45,7 @@ print(sorted(roots - set(sys.stdlib_module_names) - {{"numpy", "edgekit_runtime"
     assert _python(code.format(", ".join(MODULES))) == "[]"
 
 
+@pytest.mark.measures
 def test_importing_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 ms where numpy takes 70; machines differ, the ratio hardly."""
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
