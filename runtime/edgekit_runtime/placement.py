@@ -84,7 +84,7 @@ def shortfall(contract: Mapping[str, float], found: Placement) -> str:
             continue
         what = "multiply-accumulates" if found.of == "MACs" else "operators"
         left = found.elsewhere(device)
-        left = tuple(one for one in left if _MULTIPLIES.match(one[1])) or left
+        left = tuple(one for one in left if re.match(_MULTIPLIES, one[1])) or left
         named = ", ".join(f"{kind} {name}" for _, kind, name in left[:_NAMED])
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         return (
