@@ -377,7 +377,8 @@ class _Preparation:
         self, profile: DeviceProfile, plan: tuple[Candidate, ...]
     ) -> None:  # fmt: skip
         for name, one in profile.accelerators.items():
-            called = f"the {one.kind} {name} ({one.model or one.engine})"
+            kind = "" if name == one.kind else f"{one.kind} "
+            called = f"the {kind}{name} ({one.model or one.engine})"
             tried = [c for c in plan if c.accelerator == name]
             if self.request.accelerator not in (None, name):
                 self.diary.note(f"{called} is left out, as asked")

@@ -274,8 +274,9 @@ def until_interrupt() -> Iterator[threading.Event]:
     def on_interrupt(number: int, frame: Any) -> None:
         if event.is_set():
             raise KeyboardInterrupt
-        print("stopping: choosing from what is known (again to stop at once)", file=sys.stderr)
         event.set()
+        with suppress(OSError):  # not print: it may be what was interrupted
+            os.write(2, b"stopping: choosing from what is known (again to stop at once)\n")
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
