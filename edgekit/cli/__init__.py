@@ -35,6 +35,11 @@ app.command(
     help="Find the fastest variant of a model within an accuracy budget, and bundle it.",
 )
 app.command(
+    "edgekit.cli.run:run",
+    name="run",
+    help="Run a model or bundle on one sample, here or on a device.",
+)
+app.command(
     "edgekit.cli.bench:bench", name="bench", help="Time a model or bundle: cold start and warm."
 )
 app.command(

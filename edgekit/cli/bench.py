@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,7 @@ def bench(
     /,
     *,
     engine: str | None = None,
+    variant: str | None = None,
     source: SourceOptions | None = None,
     threads: str | None = None,
     intent: Literal["latency", "throughput", "balanced"] | None = None,
@@ -77,6 +79,8 @@ def bench(
         For a model: onnxruntime, openvino, litert or ncnn, for which it is converted if need be,
         with an accelerator of it (onnxruntime:qnn, ncnn:vulkan; doctor lists all) or without;
         its format's own otherwise, and onnxruntime where no engine loads it as it is.
+    variant
+        Of a bundle, by id; the first that runs there otherwise.
     source
         How to read the model.
     threads
@@ -119,9 +123,9 @@ def bench(
             site = open_site((target or TargetOptions()).target(), observer)
             one = contender(
                 model, engine=engine, threads=counts[0] if counts else None, reading=reading,
-                observer=observer, machine=site.profile,
+                observer=observer, machine=site.profile, variant=variant,
             )  # fmt: skip
-            site.need([engine_of(one)], observer)
+            site.need([engine_of(one, site)], observer)
             with site.session():
                 before, reasons = _fit(site, allow_unfit, observer)
                 phases = run_phases(
@@ -209,7 +213,8 @@ def _document(
         "model": str(model),
         "sha256": file_sha256(*parts(one.path)),
         "size_bytes": model_bytes(one.path),
-        "engine": engine_of(one),
+        "engine": engine_of(replace(one, variant=phases.found.get("variant") or one.variant)),
+        "variant": one.variant,
         "engine_version": None,
         "threads": one.threads,
         "placement": None,

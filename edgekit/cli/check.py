@@ -97,7 +97,7 @@ def _check_there(model: str, reading: Reading, where: TargetOptions, *, as_json:
             observer.phase("computing its outputs here")
             bundle = Path(scratch) / "model.edgekit"
             plain_bundle(one, bundle, Path(scratch))
-        site.need([engine_of(one)], observer)
+        site.need([engine_of(one, site)], observer)
         observer.phase("computing them there")
         rows = golden_there(site, bundle, one.threads)
     ok = all(row["ok"] for row in rows)

@@ -11,6 +11,7 @@ from edgekit.device import DeviceProfile
 from edgekit.errors import LimitError, UsageError
 from edgekit.facts import this_machine
 from edgekit.formats import detect
+from edgekit.measure.site import HERE, Site
 from edgekit.measure.worker import Contender
 from edgekit.observer import Observer
 from edgekit.reading import Reading
@@ -23,10 +24,10 @@ __all__ = ["contender", "engine_of", "model_bytes", "parts"]
 
 def contender(
     model: str, *, engine: str | None, threads: int | None, reading: Reading, observer: Observer,
-    name: str | None = None, machine: DeviceProfile | None = None,
+    name: str | None = None, machine: DeviceProfile | None = None, variant: str | None = None,
 ) -> Contender:  # fmt: skip
-    """The contender of a bundle, or of a model of any format, converted if need be; with the
-    threads that suit `machine` (this one without).
+    """The contender of a bundle (or one `variant` of it), or of a model of any format, converted if
+    need be; with the threads that suit `machine` (this one without).
 
     Raises:
         UsageError: an option that does not fit.
@@ -43,19 +44,27 @@ def contender(
             raise UsageError("--engine is for models; a bundle's variants name theirs")
         with Bundle(path) as opened:
             opened.verify()
-            variant = opened.manifest.variant()
-        return Contender(name or path.name, path, threads or variant.threads)
+            found = opened.manifest.variant(variant)
+        return Contender(
+            name or path.name, path, threads or found.threads, variant=variant
+        )  # fmt: skip
+    if variant is not None:
+        raise UsageError(f"--variant is for bundles (.edgekit); {model} is a model")
     path, engine = _loadable(model, engine, reading, observer)
     usual = (machine or this_machine()).threads
     return Contender(name or Path(model).name, path, threads or usual, engine)
 
 
-def engine_of(one: Contender) -> str:
-    """The engine that will run it."""
+def engine_of(one: Contender, site: Site = HERE) -> str:
+    """The engine that will run it: of a bundle, that of the first variant whose engine the site
+    has; of the first where it has none."""
     if one.engine is not None:
         return one.engine
     with Bundle(one.path) as opened:
-        return opened.manifest.variant().engine
+        manifest = opened.manifest
+    variants = manifest.variants if one.variant is None else [manifest.variant(one.variant)]
+    able = (found.engine for found in variants if site.fault_of(found.engine) is None)
+    return next(able, variants[0].engine)
 
 
 def parts(path: Path) -> list[Path]:

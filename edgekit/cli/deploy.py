@@ -102,6 +102,9 @@ def deploy(
         f"tried there: golden outputs right, p50 {seconds(done.trial['latency_ns']['p50'])}, "
         f"{done.trial['placement']}", markup=False, soft_wrap=True,
     )  # fmt: skip
+    if passed := done.trial.get("passed_over"):
+        ran = f"it runs variant {done.trial['variant']}; not {passed}"
+        stdout.print(f"note: {ran}", markup=False, soft_wrap=True)
     if done.previous:
         stdout.print(f"edgekit rollback --to {to} --as {name}: back to {done.previous}")
 

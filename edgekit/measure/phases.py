@@ -241,8 +241,13 @@ class _Job:
         cpu_ns = 0
         stopped, looked, checked = "budget", 0.0, 0.0
         with bench.site.worker(self.contender, bench.inputs) as worker:
-            found |= {key: worker.hello[key] for key in ("engine_version", "placement")}
-            found["threads"], found["streams"] = self.contender.threads, worker.hello["streams"]
+            hello = worker.hello
+            found |= {key: hello[key] for key in ("variant", "engine_version", "placement")}
+            if hello["passed_over"]:
+                self.out.notes.append(
+                    f"runs variant {hello['variant']}; not {hello['passed_over']}"
+                )
+            found["threads"], found["streams"] = self.contender.threads, hello["streams"]
             start = time.monotonic()
             while (passed := time.monotonic() - start) < bench.budget_s or not samples:
                 try:

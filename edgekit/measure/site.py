@@ -85,6 +85,13 @@ class Site(ABC):
         """
 
     @abstractmethod
+    def answer(
+        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    ) -> Done:  # fmt: skip
+        """What `edgekit-runtime run --json` says to one sample: files by input (the name may be
+        empty), and further options of the verb."""
+
+    @abstractmethod
     def processors(self, threads: int) -> list[int] | None:
         """Those that contenders of so many threads share (see `worker.processors`)."""
 
@@ -130,10 +137,17 @@ class _Here(Site):
             [sys.executable, "-P", "-c", _COLD, *verb, "--cold"],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
-        wall_ns = time.perf_counter_ns() - start
-        out, words = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
-        last = [line for line in words.splitlines() if line.strip()][-1:]
-        return _phases(Done(done.returncode, out, "".join(last), wall_ns), contender)
+        return _phases(_done(done, start), contender)
+
+    def answer(
+        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    ) -> Done:  # fmt: skip
+        start = time.perf_counter_ns()
+        done = subprocess.run(
+            [*command("run", contender), *_given(inputs), "--json", *options],
+            capture_output=True, env=child_environment(), timeout=600, check=False,
+        )  # fmt: skip
+        return _done(done, start)
 
     def processors(self, threads: int) -> list[int] | None:
         return processors(threads)
@@ -212,13 +226,21 @@ class There(Site):
         done = self.runner.run([*verb, "--cold"], timeout_s=_SLOW_S, cold=True)
         return _phases(done, contender)
 
+    def answer(
+        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    ) -> Done:  # fmt: skip
+        self.bring([contender], None)
+        for _, path in inputs:
+            self.bring([], path)
+        given = _given([(name, Path(self._places[path])) for name, path in inputs])
+        verb = [*self.verb("run", contender), *given, *options]
+        return self.runner.run(verb, timeout_s=_SLOW_S)
+
     def verb(self, name: str, contender: Contender) -> list[str]:
         """The arguments that ask the runtime there for a verb on this contender, in JSON."""
         moved = self._moved(contender)
         line = command(name, moved)[len(moved.launched) :]
-        if name == "check":
-            line = [*line[: line.index("--precision")], "--json"]
-        return line
+        return line if name == "bench" else [*line, "--json"]
 
     def processors(self, threads: int) -> list[int] | None:
         folder = "/sys/devices/system/cpu"
@@ -260,6 +282,17 @@ class _WorkerThere(Worker):
 
     def _exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         return self._talk.ask(request, timeout_s=timeout_s)
+
+
+def _given(inputs: Sequence[tuple[str, Path]]) -> Iterator[str]:
+    for name, path in inputs:
+        yield from ("--input", f"{name}={path}" if name else str(path))
+
+
+def _done(done: subprocess.CompletedProcess[bytes], start_ns: int) -> Done:
+    out, words = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    last = [line for line in words.splitlines() if line.strip()][-1:]
+    return Done(done.returncode, out, "".join(last), time.perf_counter_ns() - start_ns)
 
 
 def _phases(done: Done, contender: Contender) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Contender:
     precision: str = "float32"
     serious: bool = True
     launcher: tuple[str, ...] = ()
+    variant: str | None = None  # of a bundle; None: the first that runs
 
     @property
     def launched(self) -> tuple[str, ...]:
@@ -57,6 +58,9 @@ class Block:
     cpu_ns: int
 
 
+_TIMED = ("bench", "worker")  # the verbs that take a precision
+
+
 def command(verb: str, contender: Contender) -> list[str]:
     """What starts the runtime's verb for this contender."""
     line = [*contender.launched, verb, str(contender.path)]
@@ -64,7 +68,9 @@ def command(verb: str, contender: Contender) -> list[str]:
         line += ["--threads", str(contender.threads)]
     if contender.engine:
         line += ["--engine", contender.engine]
-    return [*line, "--precision", contender.precision]
+    if contender.variant:
+        line += ["--variant", contender.variant]
+    return [*line, *(["--precision", contender.precision] if verb in _TIMED else [])]
 
 
 class Worker:

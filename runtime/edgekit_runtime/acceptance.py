@@ -31,7 +31,8 @@ def accept(
 
     Limits are those of the chosen variant: `expected["limits"]["latency_ns"]` for the median, if it
     was measured on this kind of processor (`unused_limits` says so where it was not), 1.5 times
-    `memory_bytes` for what this process grew by; `latency_ns` is one of the user.
+    `memory_bytes` for what this process grew by; `latency_ns` is one of the user. `passed_over` has
+    the variants before the chosen one, and why.
     """
     try:
         return _accept(path, active, latency_ns)
@@ -51,6 +52,7 @@ def _accept(path: Path, active: Optional[Path], limit_ns: Optional[int]) -> Dict
         with Session(source, source.open(bundle)) as session:
             variant = session.variant
             assert variant is not None  # noqa: S101  (sessions on bundles have one)
+            passed = "; not ".join(session.fallbacks)
             _right(session, bundle)
             latency, placement = _latency(session), str(session.placement)
     grown = (peak_rss_bytes() or 0) - before
@@ -66,6 +68,7 @@ def _accept(path: Path, active: Optional[Path], limit_ns: Optional[int]) -> Dict
     return {
         "ok": True, "variant": variant.id, "latency_ns": latency, "memory_bytes": grown,
         "placement": placement, **({"unused_limits": unused} if unused else {}),
+        **({"passed_over": passed} if passed else {}),
     }  # fmt: skip
 
 

@@ -50,8 +50,9 @@ class Workbench(Desk):
         """Which of these ([name, sha256]) are here, whole. Nobody else measures from now on."""
         self._change()
         for left in names(self.place.folder):
-            if left.startswith("scratch-"):  # of one that was killed
-                remove_tree(f"{self.place.folder}/{left}")
+            path = f"{self.place.folder}/{left}"
+            if left.startswith("scratch-") and path != self._scratch:  # of one that was killed
+                remove_tree(path)
         os.makedirs(self._scratch, exist_ok=True)
         return {"scratch": self._scratch, "there": [self._same(*one) for one in files]}
 

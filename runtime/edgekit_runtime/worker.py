@@ -65,6 +65,8 @@ def main_loop(
         {
             "ready": True,
             "first_run_ns": first_run_ns,
+            "variant": session.variant.id if session.variant else None,
+            "passed_over": "; not ".join(session.fallbacks),
             "engine_version": session.engine_version,
             "streams": session.streams,
             "placement": {

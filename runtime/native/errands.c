@@ -41,9 +41,11 @@ void do_there(const struct json *request, struct text *answer) {
     const struct json *files = rows_of(request, 2);
     desk_change();
     struct names left = folder_names(desk.place->folder);
-    for (size_t i = 0; i < left.count; i++)
-        if (!strncmp(left.items[i], "scratch-", 8)) // of one that was killed
-            remove_tree(take_format("%s/%s", desk.place->folder, left.items[i]));
+    for (size_t i = 0; i < left.count; i++) {
+        char *path = take_format("%s/%s", desk.place->folder, left.items[i]);
+        if (!strncmp(left.items[i], "scratch-", 8) && strcmp(path, scratch)) // of one that was killed
+            remove_tree(path);
+    }
     make_folders(scratch);
     answer_ok(answer);
     text_json_member(answer, "scratch", scratch);

@@ -144,7 +144,7 @@ static bool try_variant(struct session *session, struct variant *variant,
 struct session *session_of(struct bundle *bundle, const struct options *options) {
     struct session *session = take(sizeof *session);
     struct manifest *manifest = bundle->manifest;
-    *session = (struct session){.bundle = bundle, .manifest = manifest,
+    *session = (struct session){.bundle = bundle, .manifest = manifest, .passed_over = "",
                                 .inputs = manifest->inputs, .outputs = manifest->outputs};
     bundle_verify(bundle); // all of it, even what is not used
     struct variant *first = manifest_variant(manifest, options->variant);
@@ -155,6 +155,7 @@ struct session *session_of(struct bundle *bundle, const struct options *options)
         if (try_variant(session, &first[i], options, &why)) {
             if (*passed)
                 warn(take_format("%s: runs variant '%s'; not %s", bundle->path, first[i].id, passed));
+            session->passed_over = passed;
             return session;
         }
         passed = take_format("%s%s%s: %s", passed, *passed ? "; not " : "", first[i].id, why.text);
@@ -183,6 +184,7 @@ struct session *session_open(const char *path, const struct options *options) {
     struct session *session = take(sizeof *session);
     struct engine *engine = engine_load(options->engine ? options->engine : usual, model, size,
                                         threads_of(options, 1));
+    session->passed_over = "";
     session->inputs = engine_inputs(engine);
     session->outputs = engine_outputs(engine);
     attach(session, engine, NULL, NULL);

@@ -12,6 +12,7 @@ struct session {
     struct bundle *bundle;   // NULL for a plain model
     struct manifest *manifest;
     struct variant *variant;
+    const char *passed_over; // the variants before it, and why; "" if none
     struct specs inputs, outputs; // ours
     struct engine *engine;
     struct binding *binding; // for the shapes of the last run

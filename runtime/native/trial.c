@@ -111,6 +111,8 @@ static void accept(const struct arguments *given, struct text *answer) {
     text_json_member(answer, "placement", engine_placement(session->engine));
     if (other)
         text_json_member(answer, "unused_limits", take_format("latency: measured on %s", other));
+    if (*session->passed_over)
+        text_json_member(answer, "passed_over", session->passed_over);
     text_add(answer, "}", 1);
     session_close(session);
 }

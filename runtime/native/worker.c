@@ -107,11 +107,17 @@ static void make_ready(const struct arguments *given, struct turn *turn) {
     turn->samples = samples_from(turn->session, given->input, false, &turn->count);
     int64_t first = run_next(turn);
     turn->next = 0;
-    printf("{\"ready\": true, \"first_run_ns\": %lld, \"engine_version\": \"%s\", \"streams\": 1, "
-           "\"placement\": {\"shares\": {\"CPU\": 1.0}, \"delegate\": \"%s\", "
-           "\"precision\": \"float32\"}}\n",
-           (long long)first, engine_version(turn->session->engine),
-           engine_delegate(turn->session->engine));
+    struct text hello = {0};
+    text_format(&hello, "{\"ready\": true");
+    text_json_member_integer(&hello, "first_run_ns", first);
+    text_json_member(&hello, "variant", turn->session->variant ? turn->session->variant->id : NULL);
+    text_json_member(&hello, "passed_over", turn->session->passed_over);
+    text_json_member(&hello, "engine_version", engine_version(turn->session->engine));
+    text_json_member_integer(&hello, "streams", 1);
+    text_format(&hello, ", \"placement\": {\"shares\": {\"CPU\": 1.0}");
+    text_json_member(&hello, "delegate", engine_delegate(turn->session->engine));
+    text_json_member(&hello, "precision", "float32");
+    puts(take_format("%s}}", hello.bytes));
     fflush(stdout);
 }
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from cnn import small_cnn
+from cnn import cnn_scores, small_cnn
 from deployable import Maker
 from ssh_home import Server
 
@@ -35,7 +36,7 @@ from edgekit.measure.site import HERE, There
 from edgekit.measure.target import Target, TargetSite, board_profile, facts_of
 from edgekit.measure.worker import Contender
 from edgekit.observer import Diary, Observer
-from edgekit.on_device import differs_there
+from edgekit.on_device import differs_there, plain_bundle
 from edgekit.preparation import Request, prepare
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx", "asyncssh")
@@ -297,25 +298,71 @@ def test_wheels_are_chosen_for_the_devices_system() -> None:
     assert missing_packages(["litert:gpu", "ncnn:vulkan", "ncnn"], had) == ["ncnn"]
 
 
-def test_the_command_line_measures_over_ssh(model, tmp_path, capsys, monkeypatch) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def said(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`said(words, code=0)`: the JSON that the command line answers, or its error's line."""
+    (tmp_path / "home").mkdir()
     for name in ("HOME", "EDGEKIT_CACHE", "EDGEKIT_STORE"):
-        monkeypatch.setenv(name, str(home))
-    there = ("--python", sys.executable, "--root", str(tmp_path / "root"))
-    with ssh_server(home) as server:
-        target = ("--on", server.target, *there)
+        monkeypatch.setenv(name, str(tmp_path / "home"))
 
-        def run(*words: str) -> dict[str, Any]:
-            with pytest.raises(SystemExit) as ended:
-                main([*words, "--json"])
-            assert ended.value.code == 0, capsys.readouterr().err
-            return json.loads(capsys.readouterr().out)
+    def run(*words: object, code: int = 0) -> Any:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, words), "--json"])
+        out, errors = capsys.readouterr()
+        assert ended.value.code == code, errors
+        return json.loads(out) if code == 0 else errors.splitlines()[-1]
 
+    return run
+
+
+def test_run_answers_there_what_it_answers_here(model, tmp_path, said) -> None:
+    sample = np.random.default_rng(0).random((1, 1, 12, 12), np.float32)
+    np.save(tmp_path / "x.npy", sample)
+    np.savez(tmp_path / "x.npz", image=sample)
+    plain_bundle(Contender("m", model, 1, "onnxruntime"), tmp_path / "m.edgekit", tmp_path)
+    with ssh_server(tmp_path / "home") as server:
+        target = ("--on", server.target, "--python", sys.executable, "--root", tmp_path / "root")
+        for path, given, where in (
+            (model, tmp_path / "x.npy", ()), (model, tmp_path / "x.npz", ()),
+            (model, f"image={tmp_path / 'x.npy'}", target), (model, tmp_path / "x.npz", target),
+            (tmp_path / "m.edgekit", tmp_path / "x.npy", target),
+        ):  # fmt: skip
+            answer = said("run", path, "--input", given, *where)
+            assert answer["target"] == ("ssh" if where else "local")
+            np.testing.assert_allclose(
+                answer["outputs"]["scores"], cnn_scores(sample), rtol=1e-4, atol=1e-5
+            )
+        wrong = said("run", model, "--input", f"picture={tmp_path / 'x.npy'}", *target, code=2)
+        assert "no input 'picture'; the model has: image" in wrong
+        saved = said("run", model, "--input", tmp_path / "x.npy", "--output", "o.npz", *target,
+                     code=2)  # fmt: skip
+        assert "--output saves what this machine computes" in saved
+    assert "no such file; wanted a sample" in said("run", model, "--input", "nope.npy", code=2)
+    said("run", model, "--input", tmp_path / "x.npy", "--output", tmp_path / "o.npz")
+    with np.load(tmp_path / "o.npz") as outputs:
+        np.testing.assert_allclose(outputs["scores"], cnn_scores(sample), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_brought_later_leaves_what_was_brought(model, tmp_path) -> None:
+    site, one = site_of(tmp_path / "root"), Contender("m", model, 1, "onnxruntime")
+    np.savez(tmp_path / "x.npz", image=np.zeros((1, 1, 12, 12), np.float32))
+    with site.session():
+        site.bring([one], None)
+        site.bring([], tmp_path / "x.npz")
+        with site.worker(one, tmp_path / "x.npz") as worker:
+            assert worker.take(0.01).samples_ns
+
+
+def test_the_command_line_measures_over_ssh(model, tmp_path, said) -> None:
+    with ssh_server(tmp_path / "home") as server:
+        target = ("--on", server.target, "--python", sys.executable, "--root", tmp_path / "root")
         options = ("--cold", "1", "--budget", "1s", "--threads", "1", "--allow-unfit")
-        local = run("bench", str(model), *options)
-        remote = run("bench", str(model), *options, *target)
-        checked = run("check", str(model), *target)
+        local = said("bench", model, *options)
+        remote = said("bench", model, *options, *target)
+        checked = said("check", model, *target)
     assert local.keys() == remote.keys()
     assert local["conditions"].keys() <= remote["conditions"].keys()
     assert remote["conditions"]["target"] == "ssh" and remote["status"] == "done"

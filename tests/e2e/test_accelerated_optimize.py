@@ -4,6 +4,8 @@ driver stand in for."""
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,27 @@ kind = "choice"
 title = "this test"
 says = "SoC 57"
 """
+
+
+@contextmanager
+def found_first(edgekit, folder: Path) -> Iterator[None]:
+    """What lies in a folder, before what is installed."""
+    before = edgekit.environment
+    path = f"{folder}:{before.get('PYTHONPATH', '')}"
+    edgekit.environment = {**before, "PYTHONPATH": path}
+    try:
+        yield
+    finally:
+        edgekit.environment = before
+
+
+@pytest.fixture
+def without_qnn(edgekit, tmp_path) -> Iterator[None]:
+    """The extra for Qualcomm's NPU, broken."""
+    (tmp_path / "broken" / "onnxruntime_qnn").mkdir(parents=True)
+    (tmp_path / "broken" / "onnxruntime_qnn" / "__init__.py").write_text("raise ImportError('x')")
+    with found_first(edgekit, tmp_path / "broken"):
+        yield
 
 
 def rows_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +136,35 @@ def test_a_phone_without_the_engine_takes_the_second_variant_and_says_so(phone) 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "FallbackWarning" in done.stderr and "no engine 'onnxruntime:qnn'" in done.stderr
+
+
+def test_bench_says_which_variant_ran_and_measures_another_by_name(phone, edgekit) -> None:
+    document, out = phone
+    common = ("bench", out / "model.edgekit", "--budget", "1s", "--cold", "1", "--allow-unfit")
+    done = edgekit(*common, "--variant", document["second"], "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["variant"] == document["second"] and found["engine"] in document["second"]
+    assert found["latency_ns"]["label"] == "measured" and found["notes"] == []
+    unknown = edgekit(*common, "--variant", "fastest")
+    assert unknown.returncode == 2
+    assert f"no variant 'fastest' in this bundle; it has: {document['chosen']}" in unknown.stderr
+
+
+@pytest.mark.usefixtures("without_qnn")
+def test_what_runs_in_its_place_is_said_by_bench_and_deploy(phone, edgekit, tmp_path) -> None:
+    document, out = phone
+    said = f"runs variant {document['second']}; not {document['chosen']}: onnxruntime has no QNN"
+    done = edgekit("bench", out / "model.edgekit", "--budget", "1s", "--cold", "1",
+                   "--allow-unfit", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["variant"], ":" in found["engine"]) == (document["second"], False)
+    assert any(said in note for note in found["notes"])
+    done = edgekit("deploy", out / "model.edgekit", "--to", "local", "--as", "digits", "--root",
+                   tmp_path / "root", "--any-profile")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
 
 
 def test_an_app_is_shown_how_to_ask_for_the_npu(phone, edgekit, tmp_path) -> None:
@@ -189,20 +241,13 @@ def test_an_allowed_fallback_is_in_the_bundle_and_warned_of(lacking, edgekit, tm
     assert "else it warns" in said("info")[0]
 
 
+@pytest.mark.usefixtures("without_qnn")
 def test_an_accelerator_that_cannot_be_used_is_said(lacking, edgekit, tmp_path) -> None:
     model, data, board = lacking
-    (tmp_path / "broken" / "onnxruntime_qnn").mkdir(parents=True)
-    (tmp_path / "broken" / "onnxruntime_qnn" / "__init__.py").write_text("raise ImportError('x')")
-    before = edgekit.environment
-    path = f"{tmp_path / 'broken'}:{before.get('PYTHONPATH', '')}"
-    edgekit.environment = {**before, "PYTHONPATH": path}
-    try:
-        common = ("optimize", model, "--for", board, "--data", data, "-o", tmp_path / "out",
-                  "--dry-run")  # fmt: skip
-        asked = edgekit(*common, "--accelerator", "htp")
-        left_open = edgekit(*common, "--json")
-    finally:
-        edgekit.environment = before
+    common = ("optimize", model, "--for", board, "--data", data, "-o", tmp_path / "out",
+              "--dry-run")  # fmt: skip
+    asked = edgekit(*common, "--accelerator", "htp")
+    left_open = edgekit(*common, "--json")
     assert asked.returncode == 3
     assert "htp was asked for and cannot be used here: " in asked.stderr
     assert "onnxruntime-qnn>=2.0" in asked.stderr
@@ -247,15 +292,10 @@ def test_an_accelerator_that_plugs_in_is_compiled_for_measured_and_promised(
     (tmp_path / "board.toml").write_text(board.replace("SoC 57", "chip-7"))
     x = np.random.default_rng(0).standard_normal((80, 4)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x)
-    before = edgekit.environment
-    path = f"{tmp_path / 'site'}:{before.get('PYTHONPATH', '')}"
-    edgekit.environment = {**before, "PYTHONPATH": path}
-    try:
+    with found_first(edgekit, tmp_path / "site"):
         done = edgekit("optimize", small_model("litert", "linear"), "--for", tmp_path /
                        "board.toml", "--data", tmp_path / "d.npz", "--accelerator", "npu", "-o",
                        tmp_path / "out", "--max-drop", "0.1", "--json")  # fmt: skip
-    finally:
-        edgekit.environment = before
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["chosen"] == "litert-mine-fp32"

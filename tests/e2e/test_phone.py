@@ -85,12 +85,18 @@ def said_by(phone: Running, path: Path, *verbs: tuple[object, ...]) -> list[dict
     return found
 
 
-def test_deploy_check_bench_deploy_again_and_go_back(phone, make, edgekit) -> None:
+def test_deploy_check_bench_deploy_again_and_go_back(phone, make, edgekit, tmp_path) -> None:
     there = ("--to", phone.target, "--as", "story", "--json")
     first = json.loads(edgekit("deploy", make(1), *there).stdout)
     assert (first["state"], first["trial"]["ok"]) == ("new", True)
     checked = edgekit("check", make(1), "--on", phone.target, "--json")
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"], checked.stderr
+    np.save(tmp_path / "ones.npy", np.ones((1, 4), np.float32))
+    answered = edgekit(
+        "run", make(1), "--input", tmp_path / "ones.npy", "--on", phone.target, "--json"
+    )
+    assert answered.returncode == 0, answered.stderr
+    np.testing.assert_allclose(json.loads(answered.stdout)["outputs"]["y"], make.right, rtol=1e-5)
     benched = edgekit(
         "bench", make(1), "--on", phone.target, "--json", "--allow-unfit", "--budget", "1s",
         "--cold", "1",

@@ -284,6 +284,7 @@ def test_worker_answers_until_told_to_stop(run: Run) -> None:
     hello, answer = map(json.loads, done.stdout.splitlines())
     assert (done.returncode, hello["ready"]) == (0, True)
     assert hello["placement"]["shares"] == {"CPU": 1.0}
+    assert (hello["variant"], hello["passed_over"]) == ("a", "")
     assert len(answer["samples"]) == 4
     assert all(ns > 0 for ns in answer["samples"])
     done = run("worker broken.onnx", input="")
