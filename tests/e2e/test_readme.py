@@ -17,10 +17,11 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder like the one a reader has: the model, the data."""
+    """A folder like the one a reader has: the model, the data, one sample of it."""
     folder = tmp_path_factory.mktemp("readme")
     small_cnn(folder / "model.onnx")
-    cnn_data(folder / "eval.npz", 400)
+    with np.load(cnn_data(folder / "eval.npz", 400)) as data:
+        np.save(folder / "one.npy", data["image"][:1])
     return folder
 
 
