@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -35,7 +36,10 @@ __all__ = [
     "times",
 ]
 
-stdout = Console(highlight=False)
+#: what goes into a file or a pipe need not fit a terminal
+_PIPED = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+
+stdout = Console(highlight=False, width=_PIPED)
 stderr = Console(stderr=True, highlight=False)
 
 
