@@ -27,6 +27,7 @@ from edgekit.measure.gate import (
     parity_figure,
     placement_figure,
     size_figure,
+    unlike_figure,
 )
 from edgekit.measure.record import Record, read_record, record_of
 from edgekit.measure.store import Store
@@ -128,7 +129,10 @@ def compare(
             notes += _warnings(sides, threads)
             latency, memory = _from_records(sides, input_, observer, notes, allowed)
         observer.phase("[2/3] size, placement and parity")
-        figures = [latency, memory, *_still(sides, measured, input_, allowed, notes)]
+        placements = _placements(sides, measured, notes)
+        if stand_ins := _stand_ins(placements):
+            latency, memory = unlike_figure("latency_ns", stand_ins), None
+        figures = [latency, memory, *_still(sides, placements, input_, allowed, notes)]
         observer.phase("[3/3] metrics")
         if data is not None:
             figures += _metrics(
@@ -264,23 +268,44 @@ def _warnings(sides: list[_Side], threads: int | None) -> list[str]:
     return lines
 
 
+def _placements(
+    sides: list[_Side], measured: Duel | None, notes: list[str]
+) -> list[dict[str, Any] | None]:
+    """Where both ran; what a bundle ran in place of its first variant is noted."""
+    found: list[dict[str, Any] | None] = []
+    for number, one in enumerate(sides):
+        placement: Any = None
+        if one.contender is not None and measured is not None and measured.hello:
+            hello = measured.hello[number]
+            placement = hello["placement"]
+            if hello["passed_over"]:
+                notes.append(f"{one.name}: variant {hello['variant']}; not {hello['passed_over']}")
+        elif one.record is not None:
+            placement = one.record.document.get("placement")
+        found.append(placement if isinstance(placement, dict) else None)
+    return found
+
+
+def _stand_ins(placements: list[dict[str, Any] | None]) -> str:
+    """What stood in for accelerators on this machine, if anything did."""
+    names = [str(one["simulated"]) for one in placements if one and one.get("simulated")]
+    return " and ".join(dict.fromkeys(names))
+
+
 def _still(
-    sides: list[_Side], measured: Duel | None, inputs: Path | None, allowed: float,
-    notes: list[str],
+    sides: list[_Side], placements: list[dict[str, Any] | None], inputs: Path | None,
+    allowed: float, notes: list[str],
 ) -> list[Figure | None]:  # fmt: skip
     """What does not vary from run to run."""
-    sizes, placements = [], []
-    for number, one in enumerate(sides):
+    sizes = []
+    for one in sides:
         if one.contender is not None:
             sizes.append(model_bytes(one.contender.path))
-            placements.append(measured.hello[number]["placement"] if measured else None)
         else:
-            document = one.record.document if one.record else {}
-            sizes.append(document.get("size_bytes") or 0)
-            placements.append(document.get("placement"))
+            sizes.append((one.record.document if one.record else {}).get("size_bytes") or 0)
     figures = [
         size_figure(sizes[0], sizes[1], fail_over=allowed),
-        placement_figure(_as_dict(placements[0]), _as_dict(placements[1])),
+        placement_figure(placements[0], placements[1]),
     ]
     base, new = (one.contender for one in sides)
     if base is not None and new is not None:
@@ -289,10 +314,6 @@ def _still(
         except EdgeKitError as error:
             notes.append(f"parity was not compared: {error}")
     return figures
-
-
-def _as_dict(placement: Any) -> dict[str, Any] | None:
-    return placement if isinstance(placement, dict) else None
 
 
 def _metrics(

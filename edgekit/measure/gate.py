@@ -9,7 +9,7 @@ from edgekit.measure.compare import Ratio, verdict
 
 __all__ = [
     "Figure", "latency_figure", "memory_figure", "metric_figures", "parity_figure",
-    "placement_figure", "size_figure",
+    "placement_figure", "size_figure", "unlike_figure",
 ]  # fmt: skip
 
 #: devices that are worth more than the processor
@@ -45,6 +45,12 @@ def latency_figure(base_ns: float, new_ns: float, ratio: Ratio, *, fail_over: fl
     return Figure(
         "latency_ns", base_ns, new_ns, said, said == "slower" and ratio.value > 1 + fail_over, ratio
     )
+
+
+def unlike_figure(name: str, stand_ins: str) -> Figure:
+    """A figure of what stands in for an accelerator on this machine: no regression, nor none."""
+    note = f"on {stand_ins}: it says nothing of a device's"
+    return Figure(name, None, None, "not compared", note=note)
 
 
 def memory_figure(

@@ -151,6 +151,18 @@ def test_bench_says_which_variant_ran_and_measures_another_by_name(phone, edgeki
     assert f"no variant 'fastest' in this bundle; it has: {document['chosen']}" in unknown.stderr
 
 
+def test_compare_compares_no_emulators_time(phone, edgekit) -> None:
+    bundle = phone[1] / "model.edgekit"
+    done = edgekit("compare", bundle, bundle, "--budget", "20s", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    figures = {one["figure"]: one for one in found["figures"]}
+    assert found["verdict"] == figures["latency_ns"]["verdict"] == "not compared"
+    assert "HTP emulator" in figures["latency_ns"]["note"] and "peak_rss_bytes" not in figures
+    assert figures["placement"]["verdict"] == "same" and "NPU" in figures["placement"]["base"]
+    assert figures["parity"]["verdict"] == "agrees"
+
+
 @pytest.mark.usefixtures("without_qnn")
 def test_what_runs_in_its_place_is_said_by_bench_and_deploy(phone, edgekit, tmp_path) -> None:
     document, out = phone
