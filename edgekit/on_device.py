@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 
 from edgekit.accelerated import contract_of
-from edgekit.artifact import TensorSpec, open_model
+from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, latency_limits, write_bundle
 from edgekit.errors import UsageError
-from edgekit.graph import read_graph
 from edgekit.measure.site import Site, There
 from edgekit.measure.worker import Contender
 from edgekit.outcome import Row
-from edgekit.precision import quantized_already
 from edgekit.preparation import Job, Request
 from edgekit_runtime import __version__
 
-__all__ = ["bundle_of", "differs_there", "golden_there", "measuring_inputs", "plain_bundle"]
+__all__ = ["bundle_of", "differs_there", "golden_there", "measuring_inputs"]
 
 _CHECK_S = 300.0
 _MEASURE_SAMPLES = 32
@@ -70,21 +68,6 @@ def measuring_inputs(job: Job, folder: Path) -> Path:
     stacked = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
     np.savez(path, allow_pickle=False, **stacked)
     return path
-
-
-def plain_bundle(contender: Contender, path: Path, work: Path) -> None:
-    """A bundle of a plain model, with golden outputs that this machine computes now."""
-    assert contender.engine is not None  # noqa: S101  (plain models have one)
-    artifact = open_model(str(contender.path))
-    quantized = quantized_already(read_graph(contender.path))
-    source = VariantSource(
-        "model", contender.engine, artifact, "int8" if quantized else "fp32", contender.threads,
-        "float32", {"CPU": 1.0}, {},
-    )  # fmt: skip
-    write_bundle(
-        path, (source,), name=contender.path.stem, inputs=artifact.inputs,
-        outputs=artifact.outputs, profile="any", provenance={"edgekit": __version__}, work=work,
-    )  # fmt: skip
 
 
 def bundle_of(

@@ -7,6 +7,7 @@ import numpy as np
 from bundles import bundle, listed, make_manifest, make_variant, npz
 
 from edgekit_runtime import load
+from edgekit_runtime.manifest import Variant
 
 
 def documented(text: bytes) -> bytes:
@@ -36,7 +37,8 @@ class Maker:
     """`maker(sequence)` writes a bundle of the model (ONNX: x (N, 4) -> y (N, 3)) to a folder.
 
     `right` is what it answers to ones. `off` is added to the golden outputs, `extra` bytes make the
-    bundle larger by twice as much; other options are the variant's.
+    bundle larger by twice as much, `before` are variants that are to be tried first; other options
+    are the variant's.
     """
 
     def __init__(self, model: bytes, folder: Path, **manifest: Any) -> None:
@@ -51,7 +53,8 @@ class Maker:
 
     def __call__(
         self, sequence: int = 1, *, off: float = 0.0, extra: bytes = b"",
-        model: bytes | None = None, name: str = "", **variant: Any,
+        model: bytes | None = None, name: str = "", before: tuple[Variant, ...] = (),
+        **variant: Any,
     ) -> Path:  # fmt: skip
         contents = {
             "a/model.onnx": (self.model if model is None else model) + documented(extra),
@@ -59,7 +62,7 @@ class Maker:
         }  # fmt: skip
         found = make_manifest(
             contents, sequence=sequence, bundle_id=f"{sequence:032x}", files=listed(contents),
-            variants=(make_variant(**variant),), **self.manifest,
+            variants=(*before, make_variant(**variant)), **self.manifest,
         )  # fmt: skip
         path = self.folder / f"{name or sequence}.edgekit"
         path.write_bytes(bundle(found, contents))

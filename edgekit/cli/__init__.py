@@ -96,6 +96,9 @@ app.command(
     help="Install a bundle on a device, prove it there, and activate it in one step.",
 )
 app.command(
+    "edgekit.cli.pack:pack", name="pack", help="Bundle a model as it is, with golden outputs."
+)
+app.command(
     "edgekit.cli.unpack:unpack",
     name="unpack",
     help="Write a bundle's plain model files and a how-to, for an app's project.",

@@ -20,7 +20,8 @@ from edgekit.conversion import check as run_check
 from edgekit.data import open_dataset
 from edgekit.errors import UsageError
 from edgekit.measure.target import open_site
-from edgekit.on_device import golden_there, plain_bundle
+from edgekit.on_device import golden_there
+from edgekit.pack import pack
 from edgekit.reading import Reading
 
 __all__ = ["check"]
@@ -96,7 +97,7 @@ def _check_there(model: str, reading: Reading, where: TargetOptions, *, as_json:
         if one.engine is not None:
             observer.phase("computing its outputs here")
             bundle = Path(scratch) / "model.edgekit"
-            plain_bundle(one, bundle, Path(scratch))
+            pack(one, bundle)
         site.need([engine_of(one, site)], observer)
         observer.phase("computing them there")
         rows = golden_there(site, bundle, one.threads)

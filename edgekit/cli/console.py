@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnsweredError",
     "TerminalObserver",
+    "command_line",
     "place_of",
     "print_json",
     "seconds",
@@ -56,6 +59,13 @@ def print_json(value: dict[str, Any]) -> None:
     """Exactly one JSON object on stdout."""
     json.dump(value, sys.stdout, indent=1)
     print()
+
+
+def command_line() -> str:
+    """What was called, for a bundle, which goes to strangers: it says which file was used, not
+    whose home it was in."""
+    words = (Path(one).name if Path(one).is_absolute() else one for one in sys.argv[1:])
+    return shlex.join(["edgekit", *words])
 
 
 def size(size_bytes: int | None) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ from edgekit.cache import Cache
 from edgekit.cli.console import (
     AnsweredError,
     TerminalObserver,
+    command_line,
     place_of,
     print_json,
     size,
@@ -135,7 +134,7 @@ def optimize(
         accelerator=accelerator,
         prune=tuple(prune or ()),
         reading=(source or SourceOptions()).reading(),
-        command=shlex.join(["edgekit", *map(_without_folder, sys.argv[1:])]),
+        command=command_line(),
     )  # fmt: skip
     with TerminalObserver() as observer:
         request = replace(
@@ -315,8 +314,3 @@ def _show_confirmation(document: dict[str, Any]) -> None:
             "samples would tell",
             markup=False, soft_wrap=True,
         )  # fmt: skip
-
-
-def _without_folder(argument: str) -> str:
-    """A bundle goes to strangers: it says which file was used, not whose home it was in."""
-    return Path(argument).name if Path(argument).is_absolute() else argument

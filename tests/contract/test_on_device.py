@@ -36,7 +36,8 @@ from edgekit.measure.site import HERE, There
 from edgekit.measure.target import Target, TargetSite, board_profile, facts_of
 from edgekit.measure.worker import Contender
 from edgekit.observer import Diary, Observer
-from edgekit.on_device import differs_there, plain_bundle
+from edgekit.on_device import differs_there
+from edgekit.pack import pack
 from edgekit.preparation import Request, prepare
 
 pytestmark = pytest.mark.needs("onnxruntime", "onnx", "asyncssh")
@@ -322,7 +323,7 @@ def test_run_answers_there_what_it_answers_here(model, tmp_path, said) -> None:
     sample = np.random.default_rng(0).random((1, 1, 12, 12), np.float32)
     np.save(tmp_path / "x.npy", sample)
     np.savez(tmp_path / "x.npz", image=sample)
-    plain_bundle(Contender("m", model, 1, "onnxruntime"), tmp_path / "m.edgekit", tmp_path)
+    pack(Contender("m", model, 1, "onnxruntime"), tmp_path / "m.edgekit")
     with ssh_server(tmp_path / "home") as server:
         target = ("--on", server.target, "--python", sys.executable, "--root", tmp_path / "root")
         for path, given, where in (

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bundles import make_variant
+from deployable import Maker
 from native_runner import engine_libraries, native_program
 from onnx import TensorProto, helper, numpy_helper
 from software_gpu import software_vulkan
@@ -164,7 +166,7 @@ def test_compare_compares_no_emulators_time(phone, edgekit) -> None:
 
 
 @pytest.mark.usefixtures("without_qnn")
-def test_what_runs_in_its_place_is_said_by_bench_and_deploy(phone, edgekit, tmp_path) -> None:
+def test_bench_says_what_runs_in_its_place(phone, edgekit) -> None:
     document, out = phone
     said = f"runs variant {document['second']}; not {document['chosen']}: onnxruntime has no QNN"
     done = edgekit("bench", out / "model.edgekit", "--budget", "1s", "--cold", "1",
@@ -173,10 +175,15 @@ def test_what_runs_in_its_place_is_said_by_bench_and_deploy(phone, edgekit, tmp_
     found = json.loads(done.stdout)
     assert (found["variant"], ":" in found["engine"]) == (document["second"], False)
     assert any(said in note for note in found["notes"])
-    done = edgekit("deploy", out / "model.edgekit", "--to", "local", "--as", "digits", "--root",
-                   tmp_path / "root", "--any-profile")  # fmt: skip
+
+
+def test_deploy_says_what_runs_in_its_place(edgekit, small_model, tmp_path) -> None:
+    make = Maker(small_model("onnxruntime", "linear").read_bytes(), tmp_path / "bundles")
+    gpu = make_variant(id="gpu", engine="onnxruntime:cuda", placement={"GPU": 1.0})
+    done = edgekit("deploy", make(before=(gpu,)), "--to", "local", "--as", "linear", "--root",
+                   tmp_path / "root")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert "it runs variant a; not gpu: this onnxruntime has no CUDAExec" in done.stdout
 
 
 def test_an_app_is_shown_how_to_ask_for_the_npu(phone, edgekit, tmp_path) -> None:
