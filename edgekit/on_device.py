@@ -11,16 +11,15 @@ import numpy as np
 from edgekit.accelerated import contract_of
 from edgekit.artifact import TensorSpec
 from edgekit.bundle import VariantSource, latency_limits, write_bundle
-from edgekit.errors import UsageError
-from edgekit.measure.site import Site, There
+from edgekit.measure.site import Site
 from edgekit.measure.worker import Contender
+from edgekit.observer import Observer
 from edgekit.outcome import Row
 from edgekit.preparation import Job, Request
 from edgekit_runtime import __version__
 
-__all__ = ["bundle_of", "differs_there", "golden_there", "measuring_inputs"]
+__all__ = ["bundle_of", "differs_there", "golden_at", "measuring_inputs"]
 
-_CHECK_S = 300.0
 _MEASURE_SAMPLES = 32
 
 
@@ -32,30 +31,30 @@ def differs_there(site: Site, bundle: Path, threads: int) -> str | None:
         TargetError: the link is lost.
         EdgeKitError: it does not run there.
     """
-    bad = [row for row in golden_there(site, bundle, threads) if not row["ok"]]
+    bad = [row for row in golden_at(site, bundle, threads) if not row["ok"]]
     if not bad:
         return None
     note = bad[0]["note"] or f"off by {bad[0]['worst']:.3g} times what is allowed"
     return f"on the device, golden output {bad[0]['output']!r}: {note}"
 
 
-def golden_there(site: Site, bundle: Path, threads: int) -> list[dict[str, Any]]:
-    """What became of each golden output there: `edgekit_runtime.golden.GoldenResult`.
+def golden_at(
+    site: Site, bundle: Path, threads: int, observer: Observer | None = None
+) -> list[dict[str, Any]]:
+    """What became of each golden output at the site: `edgekit_runtime.golden.GoldenResult`. What
+    ran in place of the first variant is said to the observer.
 
     Raises:
-        UsageError: the site is this machine.
         TargetError: the link is lost.
         EdgeKitError: the bundle does not run there.
     """
-    if not isinstance(site, There):
-        raise UsageError("golden outputs are of this machine; name another with --on")
-    one = Contender(bundle.name, bundle, threads)
     with site.session():
-        site.bring([one], None)
-        done = site.runner.run(site.verb("check", one), timeout_s=_CHECK_S)
+        done = site.call("check", Contender(bundle.name, bundle, threads))
     if done.code == 1 and done.out.strip():  # they differ, and it says which
         done = replace(done, code=0)
     rows: list[dict[str, Any]] = done.document(bundle.name)["outputs"]
+    if observer is not None and done.warning:
+        observer.note(done.warning)
     return rows
 
 

@@ -20,9 +20,10 @@ from edgekit.conversion import check as run_check
 from edgekit.data import open_dataset
 from edgekit.errors import UsageError
 from edgekit.measure.target import open_site
-from edgekit.on_device import golden_there
+from edgekit.on_device import golden_at
 from edgekit.pack import pack
 from edgekit.reading import Reading
+from edgekit_runtime.bundle import is_bundle
 
 __all__ = ["check"]
 
@@ -39,15 +40,15 @@ def check(
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Do two models compute the same? Both run on the same inputs; where they differ, the first
-    tensor that does is looked for. With --on: does one model or bundle compute on a device what it
-    computes here (a bundle: its golden outputs)? Exit code 1 if they differ.
+    tensor that does is looked for. A bundle alone: does it compute its golden outputs? With --on:
+    does one model or bundle compute on a device what it computes here? Exit code 1 if they differ.
 
     Parameters
     ----------
     reference
-        The model that is right, of any format.
+        The model that is right, of any format; or the bundle.
     candidate
-        The model to check, of any format; none with --on.
+        The model to check, of any format; none for a bundle or with --on.
     data
         Real samples (as for optimize); seeded noise otherwise.
     source
@@ -62,10 +63,11 @@ def check(
     if seed < 0:
         raise UsageError(f"--seed is {seed}; wanted 0 or more")
     where = target or TargetOptions()
-    if (candidate is None) is (where.on == "local"):
+    alone = Path(reference).is_file() and is_bundle(Path(reference))
+    if (candidate is None) is (where.on == "local" and not alone):
         raise UsageError(
             "wanted two models, or one and the target it is checked on: edgekit check MODEL --on "
-            "ssh://user@host"
+            "ssh://user@host, or a bundle: edgekit check out/model.edgekit"
         )
     reading = (source or SourceOptions()).reading()
     if candidate is None:
@@ -99,8 +101,8 @@ def _check_there(model: str, reading: Reading, where: TargetOptions, *, as_json:
             bundle = Path(scratch) / "model.edgekit"
             pack(one, bundle)
         site.need([engine_of(one, site)], observer)
-        observer.phase("computing them there")
-        rows = golden_there(site, bundle, one.threads)
+        observer.phase("computing its golden outputs")
+        rows = golden_at(site, bundle, one.threads, observer)
     ok = all(row["ok"] for row in rows)
     if as_json:
         print_json(
@@ -116,4 +118,5 @@ def _check_there(model: str, reading: Reading, where: TargetOptions, *, as_json:
                 markup=False, soft_wrap=True,
             )  # fmt: skip
     if not ok:
-        raise AnsweredError(f"{model} does not compute on {site.name} what it computes here", 1)
+        what = "its golden outputs" if where.on == "local" else "what it computes here"
+        raise AnsweredError(f"{model} does not compute {what} on {site.name}", 1)

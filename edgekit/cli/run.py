@@ -78,9 +78,9 @@ def run(
         )  # fmt: skip
         site.need([engine_of(one, site)], observer)
         with site.session():
-            done = site.answer(one, inputs, options)
-        if done.code == 0 and "Warning: " in done.words:
-            observer.note(done.words.removeprefix("edgekit-runtime: "))
+            done = site.call("run", one, inputs, options)
+        if done.code == 0 and done.warning:
+            observer.note(done.warning)
     found = done.document(one.id)
     if json:
         on = None if site is HERE else site.name

@@ -25,6 +25,11 @@ class Done:
     words: str
     wall_ns: int
 
+    @property
+    def warning(self) -> str:
+        """The runtime's warning, if its last words are one."""
+        return self.words.removeprefix("edgekit-runtime: ") if "Warning: " in self.words else ""
+
     def document(self, what: str) -> dict[str, Any]:
         """The JSON object it printed last.
 

@@ -85,11 +85,12 @@ class Site(ABC):
         """
 
     @abstractmethod
-    def answer(
-        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    def call(
+        self, verb: str, contender: Contender, inputs: Sequence[tuple[str, Path]] = (),
+        options: Sequence[str] = (),
     ) -> Done:  # fmt: skip
-        """What `edgekit-runtime run --json` says to one sample: files by input (the name may be
-        empty), and further options of the verb."""
+        """A verb of the runtime (`run`, `check`) in a process of its own: what it says in JSON.
+        `inputs` are files by input (the name may be empty), `options` further ones of the verb."""
 
     @abstractmethod
     def processors(self, threads: int) -> list[int] | None:
@@ -139,12 +140,13 @@ class _Here(Site):
         )  # fmt: skip
         return _phases(_done(done, start), contender)
 
-    def answer(
-        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    def call(
+        self, verb: str, contender: Contender, inputs: Sequence[tuple[str, Path]] = (),
+        options: Sequence[str] = (),
     ) -> Done:  # fmt: skip
         start = time.perf_counter_ns()
         done = subprocess.run(
-            [*command("run", contender), *_given(inputs), "--json", *options],
+            [*command(verb, contender), *_given(inputs), "--json", *options],
             capture_output=True, env=child_environment(), timeout=600, check=False,
         )  # fmt: skip
         return _done(done, start)
@@ -222,25 +224,24 @@ class There(Site):
 
     def cold_start(self, contender: Contender) -> dict[str, Any]:
         self.bring([contender], None)
-        verb = self.verb("bench", contender)
+        verb = self._verb("bench", contender)
         done = self.runner.run([*verb, "--cold"], timeout_s=_SLOW_S, cold=True)
         return _phases(done, contender)
 
-    def answer(
-        self, contender: Contender, inputs: Sequence[tuple[str, Path]], options: Sequence[str] = ()
+    def call(
+        self, verb: str, contender: Contender, inputs: Sequence[tuple[str, Path]] = (),
+        options: Sequence[str] = (),
     ) -> Done:  # fmt: skip
         self.bring([contender], None)
         for _, path in inputs:
             self.bring([], path)
         given = _given([(name, Path(self._places[path])) for name, path in inputs])
-        verb = [*self.verb("run", contender), *given, *options]
-        return self.runner.run(verb, timeout_s=_SLOW_S)
+        line = [*self._verb(verb, contender), "--json", *given, *options]
+        return self.runner.run(line, timeout_s=_SLOW_S)
 
-    def verb(self, name: str, contender: Contender) -> list[str]:
-        """The arguments that ask the runtime there for a verb on this contender, in JSON."""
+    def _verb(self, name: str, contender: Contender) -> list[str]:
         moved = self._moved(contender)
-        line = command(name, moved)[len(moved.launched) :]
-        return line if name == "bench" else [*line, "--json"]
+        return command(name, moved)[len(moved.launched) :]
 
     def processors(self, threads: int) -> list[int] | None:
         folder = "/sys/devices/system/cpu"

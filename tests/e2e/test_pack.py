@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from cnn import cnn_scores, small_cnn
+from deployable import Maker
 
 import edgekit_runtime
 from edgekit_runtime.bundle import Bundle
@@ -34,6 +35,8 @@ def test_a_packed_model_is_deployed_and_answers_as_numpy_does(edgekit, tmp_path)
     assert manifest.bundle_id == made["id"] and manifest.profiles == ("any",)
     assert manifest.provenance["command"].startswith("edgekit pack net.onnx")
     assert manifest.variants[0].expected == {}  # nothing was measured
+    checked = edgekit("check", "net.edgekit", cwd=tmp_path)
+    assert checked.returncode == 0 and checked.stdout.startswith("scores: ok"), checked.stderr
     there = ("--to", "local", "--root", tmp_path / "root")
     assert edgekit("deploy", tmp_path / "net.edgekit", *there).returncode == 0
     done = edgekit("run", tmp_path / "net.edgekit", "--input", tmp_path / "x.npy", "--json")
@@ -55,6 +58,13 @@ def test_it_takes_steps_an_engine_and_a_profile(edgekit, tmp_path) -> None:
         assert session.variant is not None and session.variant.engine == "openvino"
         answer = session.predict({"image": raw})
     assert int(answer["scores"].ravel()[0]) == cnn_scores(raw / 255).argmax()
+
+
+def test_a_bundle_that_computes_something_else_is_told(edgekit, small_model, tmp_path) -> None:
+    make = Maker(small_model("onnxruntime", "linear").read_bytes(), tmp_path / "bundles")
+    done = edgekit("check", make(off=0.5))
+    assert done.returncode == 1 and "y: DIFFERS" in done.stdout
+    assert "1.edgekit does not compute its golden outputs on this machine" in done.stderr
 
 
 @pytest.mark.parametrize(
